@@ -1,0 +1,1 @@
+"""Putting deltas on a model: choose modules, attach, switch, merge."""

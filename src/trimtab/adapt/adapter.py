@@ -1,0 +1,238 @@
+"""An adapter: a named set of deltas on one model, and the switches between several of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.adapt.module import Adapted, Copies, FrozenStatistics, Routes, restore_module
+from trimtab.adapt.select import Placement
+from trimtab.deltas.delta import Delta
+from trimtab.deltas.layout import original_class
+from trimtab.deltas.method import Method
+from trimtab.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from trimtab.adapt.merge import Merged
+
+STATE = "_trimtab"
+
+
+@dataclasses.dataclass
+class ModelState:
+    """What trimtab keeps on an adapted model, as its attribute `_trimtab`; gone with the last adapter."""
+
+    adapters: dict[str, Adapter]
+    was_trainable: list[nn.Parameter]
+    frozen_norms: list[tuple[nn.Module, bool]]
+    active: tuple[str, ...] = ()
+    merged: Merged | None = None
+
+
+class Adapter:
+    """A named set of deltas on one model. Made by `trimtab.attach` and `trimtab.load`.
+
+    method, placement: what the user asked for. provenance: where it came from (base model, seed), saved beside
+    it. By module path: sites holds the adapted modules, deltas the delta of each weight, copies the trained
+    copies of biases and extra modules.
+    """
+
+    def __init__(
+        self, model: nn.Module, name: str, method: Method, placement: Placement, provenance: dict[str, Any]
+    ) -> None:
+        self.model = model
+        self.name = name
+        self.method = method
+        self.placement = placement
+        self.provenance = provenance
+        self.sites: dict[str, nn.Module] = {}
+        self.deltas: dict[str, Delta] = {}
+        self.copies: dict[str, Copies] = {}
+
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self.parameters())
+        return f"Adapter('{self.name}', {self.method}, {len(self.deltas)} modules, {count:,} parameters)"
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(path.parameter, parameter) of everything this adapter trains; a shared copy once."""
+        seen: set[int] = set()
+        for part in (self.deltas, self.copies):
+            for path, module in cast("dict[str, nn.Module]", part).items():
+                for name, parameter in module.named_parameters():
+                    if id(parameter) not in seen:
+                        seen.add(id(parameter))
+                        yield f"{path}.{name}", parameter
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Everything this adapter trains; the base is not among it."""
+        return [parameter for _, parameter in self.named_parameters()]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything needed to resume, by path: factors, buffers, trained copies. References, not clones."""
+        state = {}
+        for part in (self.deltas, self.copies):
+            for path, module in cast("dict[str, nn.Module]", part).items():
+                state.update({f"{path}.{key}": tensor for key, tensor in module.state_dict().items()})
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Write a `state_dict` back in place. UsageError when names or shapes differ."""
+        own = self.state_dict()
+        for key in [*(own.keys() - state.keys()), *(state.keys() - own.keys())][:1]:
+            raise UsageError(f"the saved state {'lacks' if key in own else 'has a foreign'} '{key}'{did_you_mean(key, own)}")
+        for key, tensor in own.items():
+            if tensor.shape != state[key].shape:
+                raise UsageError(f"'{key}' is {list(state[key].shape)} in the saved state, but {list(tensor.shape)} here")
+        with torch.no_grad():
+            for key, tensor in own.items():
+                tensor.copy_(state[key])
+
+    def after_step(self, step: int) -> None:
+        """Tell every delta that optimizer step `step` (1 for the first) is done."""
+        for path, delta in self.deltas.items():
+            delta.after_step(step, cast("Tensor", self.sites[path].weight))
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the model's forward uses this adapter."""
+        return self.name in state_of(self.model).active
+
+    def enable(self) -> AbstractContextManager[None]:
+        """Use this adapter beside those already enabled; as a context manager, until its end."""
+        active = state_of(self.model).active
+        return _Switched(self.model, active if self.enabled else (*active, self.name))
+
+    def disable(self) -> AbstractContextManager[None]:
+        """Stop using this adapter; as a context manager, until its end."""
+        return _Switched(self.model, tuple(n for n in state_of(self.model).active if n != self.name))
+
+    def save(self, path: str | Path) -> Path:
+        """Write the adapter as a folder in PEFT's layout, atomically. Returns the folder."""
+        from trimtab.formats.peft import save_adapter
+
+        return save_adapter(self, path)
+
+    def remove(self) -> None:
+        """Take the adapter off. With the last one gone the model is what it was, bit for bit and class for class."""
+        state = state_of(self.model)
+        if state.merged is not None and self.name in state.merged.names:
+            raise UsageError(f"adapter '{self.name}' is merged: unmerge it before removing it")
+        set_active(self.model, tuple(n for n in state.active if n != self.name))
+        for module in self.sites.values():
+            for group in (cast("nn.ModuleDict", module.deltas), cast("nn.ModuleDict", module.copies)):
+                if self.name in group:
+                    del group[self.name]
+            if not len(cast("nn.ModuleDict", module.deltas)) and not len(cast("nn.ModuleDict", module.copies)):
+                restore_module(module)
+        del state.adapters[self.name]
+        self.sites, self.deltas, self.copies = {}, {}, {}
+        if not state.adapters:
+            _release(self.model, state)
+
+
+class _Switched:
+    """A change of the enabled adapters that has happened already, and is undone at the end of a `with`."""
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
+        self.model, self.before = model, state_of(model).active
+        set_active(model, names)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        set_active(self.model, tuple(n for n in self.before if n in state_of(self.model).adapters))
+
+
+def _release(model: nn.Module, state: ModelState) -> None:
+    for parameter in state.was_trainable:
+        parameter.requires_grad_(True)
+    for norm, training in state.frozen_norms:
+        norm.__class__ = original_class(norm)
+        norm.training = training
+    delattr(model, STATE)
+
+
+def state_of(model: nn.Module) -> ModelState:
+    """The state of an adapted model. UsageError when it has no adapter."""
+    state = getattr(model, STATE, None)
+    if state is None:
+        raise UsageError(f"this {type(model).__name__} has no adapter: attach or load one first")
+    return cast("ModelState", state)
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """The adapters on a model, by name; empty when there are none."""
+    state = getattr(model, STATE, None)
+    return dict(state.adapters) if state is not None else {}
+
+
+def _check(model: nn.Module, names: Sequence[str | None]) -> None:
+    known = adapters(model)
+    for name in names:
+        if name is not None and name not in known:
+            raise UsageError(f"no adapter '{name}' on this model{did_you_mean(name, known)} (there are: {', '.join(known)})")
+
+
+def adapted_modules(model: nn.Module) -> list[Adapted]:
+    """The modules that carry deltas or copies now, each once; a module with nothing but merged ones carries none."""
+    sites = {id(m): m for adapter in adapters(model).values() for m in adapter.sites.values()}
+    return [m for m in sites.values() if isinstance(m, Adapted)]
+
+
+def set_active(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Enable exactly these adapters. UsageError when one that is merged into the weights is not among them."""
+    _check(model, names)
+    state = state_of(model)
+    merged = state.merged.names if state.merged else ()
+    for name in merged:
+        if name not in names:
+            raise UsageError(f"adapter '{name}' is merged into the weights: unmerge it to switch it off")
+    for module in adapted_modules(model):
+        module._active = tuple(n for n in names if n not in merged and (n in module.deltas or n in module.copies))
+    state.active = names
+
+
+def switch(model: nn.Module, name: str | None) -> None:
+    """Use exactly one adapter, by name, or none (the bare base)."""
+    set_active(model, () if name is None else (name,))
+
+
+@contextmanager
+def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+    """Within the block, row i of every batch goes through adapter names[i]; None is the bare base.
+
+    Each group of rows is computed exactly as it would be alone. Every adapted module must get inputs whose
+    first dimension is the batch, of len(names) rows.
+    """
+    _check(model, names)
+    if not names:
+        raise UsageError("rows() needs one name for each row of the batch, but was given none")
+    state = state_of(model)
+    if state.merged is not None:
+        raise UsageError(f"adapter '{state.merged.names[0]}' is merged into the weights: unmerge it before using rows()")
+    routes: Routes = tuple(
+        (name, torch.tensor([i for i, n in enumerate(names) if n == name])) for name in dict.fromkeys(names)
+    )
+    modules = adapted_modules(model)
+    before = [module._routes for module in modules]
+    for module in modules:
+        module._routes = (len(names), routes)
+    try:
+        yield
+    finally:
+        for module, routed in zip(modules, before, strict=True):
+            module._routes = routed
+
+
+def frozen_norm_class(module: nn.Module) -> bool:
+    """Whether a module is a batch norm whose running statistics training would overwrite."""
+    tracks = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
+    return tracks and not isinstance(module, Adapted | FrozenStatistics)

@@ -1,0 +1,197 @@
+"""Attach a method to a model: choose the modules, give each its delta, freeze the base."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.adapt.adapter import STATE, Adapter, ModelState, frozen_norm_class, set_active
+from trimtab.adapt.module import Copies, FrozenStatistics, adapt_module, subclass
+from trimtab.adapt.select import Placement, Site, choose, shared_parameters
+from trimtab.deltas.delta import Delta, Sliced, slice_layout
+from trimtab.deltas.method import Method
+from trimtab.errors import UsageError
+from trimtab.patterns import matches
+
+log = logging.getLogger("trimtab")
+
+
+def attach(
+    model: nn.Module,
+    method: Method,
+    *,
+    targets: str | Sequence[str] = "all-linear",
+    name: str = "default",
+    seed: int = 0,
+    exclude: Sequence[str] = (),
+    bias: str = "none",
+    extra_modules: Sequence[str] = (),
+    slices: Mapping[str, Sequence[bool]] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Adapter:
+    """Put a method on a model and enable it (alone); the base is frozen until the last adapter is removed.
+
+    targets: "all-linear" (every linear layer but the output head), names, globs or `re:` patterns. name: letters,
+    digits, - and _. seed: of the random start. bias, extra_modules, slices, exclude: see `Placement`. dtype: of
+    the adapter's parameters. Raises UsageError for a target that matches nothing, a rank above a weight's
+    smaller side, a name in use. Nothing is changed when it raises.
+    """
+    targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    parts = {pattern: tuple(bool(f) for f in flags) for pattern, flags in (slices or {}).items()}
+    placement = Placement(targets, tuple(exclude), bias, tuple(extra_modules), parts)
+    adapter = Adapter(model, name, method, placement, {"seed": seed})
+    check_name(model, name)
+    if bias not in ("none", "all", "adapter-only"):
+        raise UsageError(f"bias is '{bias}', but must be none, all or adapter-only")
+    extra = _extra(model, placement.extra_modules)
+    sites = [s for s in choose(model, targets, exclude) if s.path not in extra]
+    if not sites:
+        raise UsageError("every target is among the extra modules, which are trained whole already")
+    _check_patterns(method, placement, sites)
+    generator = torch.Generator().manual_seed(seed)
+    deltas = {site.path: (site.module, _delta(method, placement, site, generator)) for site in sites}
+    copied = _copied_names(model, placement, deltas, extra)
+    install(adapter, deltas, _make_copies(model, copied), dtype)
+    count, base = sum(p.numel() for p in adapter.parameters()), sum(p.numel() for p in model.parameters())
+    log.info("%s on %d modules: %s of %s parameters", method.name, len(deltas), f"{count:,}", f"{base:,}")
+    return adapter
+
+
+def check_name(model: nn.Module, name: str) -> None:
+    """Refuse a name that is taken, or that cannot be a part of a state-dict key."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
+        raise UsageError(f"adapter name '{name}' cannot be used: take letters, digits, - and _, and no word of Python's dict")
+    state: ModelState | None = getattr(model, STATE, None)
+    if state is not None and name in state.adapters:
+        raise UsageError(f"the model already has an adapter '{name}': choose another name, or remove that one first")
+    if state is not None and state.merged is not None:
+        raise UsageError(f"adapter '{state.merged.names[0]}' is merged into the weights: unmerge it before adding another")
+
+
+def _delta(method: Method, placement: Placement, site: Site, generator: torch.Generator) -> Delta:
+    resolved = method.at(site.path)
+    weight: Tensor = site.module.weight  # type: ignore[assignment]
+    flags = next((f for p, f in placement.slices.items() if matches(p, site.path)), None)
+    try:
+        if flags is None:
+            return resolved.delta(site.layout, weight, generator)
+        return _sliced(resolved, flags, site, generator)
+    except UsageError as error:
+        shape = f"[{site.layout.out_features}, {site.layout.in_features}]"
+        raise UsageError(f"{site.path} {shape}: {error}") from error
+
+
+def _sliced(method: Method, flags: tuple[bool, ...], site: Site, generator: torch.Generator) -> Delta:
+    layout, weight = site.layout, site.module.weight
+    if layout.kind not in ("linear", "conv1d-transposed"):
+        raise UsageError(f"slices are for linear layers, and this is a {layout.kind}")
+    if not any(flags) or layout.out_features % len(flags):
+        raise UsageError(f"{layout.out_features} rows cannot be cut into {len(flags)} equal parts with at least one chosen")
+    size = layout.out_features // len(flags)
+    ranges = tuple((i * size, (i + 1) * size) for i, chosen in enumerate(flags) if chosen)
+    matrix = layout.matrix(weight.detach())  # type: ignore[operator,arg-type]
+    parts = [method.delta(slice_layout(layout, a, b), matrix[a:b], generator) for a, b in ranges]
+    return Sliced(parts, ranges, layout)
+
+
+def _check_patterns(method: Method, placement: Placement, sites: list[Site]) -> None:
+    for pattern in (*method.patterns(), *placement.slices):
+        if not any(matches(pattern, site.path) for site in sites):
+            names = sorted({s.path.rpartition(".")[2] for s in sites})
+            raise UsageError(f"pattern '{pattern}' matches none of the {len(sites)} chosen modules ({', '.join(names[:8])})")
+
+
+def _extra(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
+    """The modules to train whole, by path: those named, and every module within them."""
+    found: dict[str, nn.Module] = {}
+    everything = dict(model.named_modules())
+    for pattern in patterns:
+        roots = [p for p in everything if p and matches(pattern, p)]
+        if not roots:
+            near = sorted({p.rpartition(".")[2] for p in everything if p})
+            raise UsageError(f"extra module '{pattern}' matches no module (there are: {', '.join(near[:12])})")
+        found.update({p: m for p, m in everything.items() if any(p == r or p.startswith(r + ".") for r in roots)})
+    return found
+
+
+def _copied_names(
+    model: nn.Module, placement: Placement, deltas: Mapping[str, Any], extra: dict[str, nn.Module]
+) -> dict[tuple[str, str], nn.Module]:
+    """(module path, parameter or buffer name) of everything that is trained as a copy, with its module."""
+    chosen: dict[tuple[str, str], nn.Module] = {}
+    shared = shared_parameters(model)
+    everything = dict(model.named_modules())
+    for path, module in extra.items():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None:
+                continue
+            chosen[path, name] = module
+            for other, other_name in shared.get(id(tensor), ()):
+                if (other, other_name) not in chosen:
+                    log.info("%s.%s is tied to %s.%s: both use the one trained copy", path, name, other, other_name)
+                    chosen[other, other_name] = everything[other]
+    if placement.bias != "none":
+        for path, module in everything.items():
+            if module._parameters.get("bias") is not None and (placement.bias == "all" or path in deltas):
+                chosen[path, "bias"] = module
+    return chosen
+
+
+def _make_copies(
+    model: nn.Module, copied: dict[tuple[str, str], nn.Module]
+) -> dict[str, tuple[nn.Module, Copies]]:
+    clones: dict[int, nn.Parameter | Tensor] = {}
+    parameters: dict[str, dict[str, nn.Parameter]] = {}
+    buffers: dict[str, dict[str, Tensor]] = {}
+    for (path, name), module in copied.items():
+        tensor = module._parameters.get(name)
+        source = tensor if tensor is not None else module._buffers[name]
+        assert source is not None
+        if id(source) not in clones:
+            clone = source.detach().clone()
+            clones[id(source)] = nn.Parameter(clone) if tensor is not None else clone
+        copy = clones[id(source)]
+        parameters.setdefault(path, {}), buffers.setdefault(path, {})
+        if isinstance(copy, nn.Parameter):
+            parameters[path][name] = copy
+        else:
+            buffers[path][name] = copy
+    modules = {path: module for (path, _), module in copied.items()}
+    return {path: (module, Copies(parameters[path], buffers[path])) for path, module in modules.items()}
+
+
+def install(
+    adapter: Adapter,
+    deltas: dict[str, tuple[nn.Module, Delta]],
+    copies: dict[str, tuple[nn.Module, Copies]],
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Put finished deltas and copies on the model under the adapter's name, and enable it alone."""
+    model = adapter.model
+    state: ModelState | None = getattr(model, STATE, None)
+    if state is None:
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        state = ModelState({}, trainable, [])
+        model.requires_grad_(False)
+    for path, (module, delta) in deltas.items():
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        adapt_module(module)
+        module.deltas[adapter.name] = delta.to(device=weight.device, dtype=dtype).train(module.training)  # type: ignore[operator,index]
+        adapter.sites[path], adapter.deltas[path] = module, delta
+    for path, (module, copy) in copies.items():
+        adapt_module(module)
+        module.copies[adapter.name] = copy.train(module.training)  # type: ignore[operator,index]
+        adapter.sites[path], adapter.copies[path] = module, copy
+    for module in model.modules():
+        if frozen_norm_class(module):
+            state.frozen_norms.append((module, module.training))
+            module.__class__ = subclass(type(module), FrozenStatistics)
+            module.training = False
+    state.adapters[adapter.name] = adapter
+    setattr(model, STATE, state)
+    set_active(model, (adapter.name,))

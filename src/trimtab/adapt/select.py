@@ -1,0 +1,138 @@
+"""Which modules of a model a method goes to. Selection is never silent: what matches nothing is an error."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from trimtab.deltas.layout import Layout, layout_of, original_class
+from trimtab.errors import UsageError
+from trimtab.patterns import matches
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where a method goes, as the user wrote it.
+
+    targets: "all-linear", names, globs or `re:` patterns. exclude: patterns taken out again. bias: none, all
+    (every bias of the model) or adapter-only (those of the chosen modules). extra_modules: modules trained
+    whole beside the method, such as a fresh head. slices: parts of fused projections, by pattern; a tuple of
+    flags, one for each equal part: (True, False, True) adapts q and v of a fused qkv.
+    """
+
+    targets: tuple[str, ...] = (ALL_LINEAR,)
+    exclude: tuple[str, ...] = ()
+    bias: str = "none"
+    extra_modules: tuple[str, ...] = ()
+    slices: Mapping[str, tuple[bool, ...]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One weight to adapt."""
+
+    path: str
+    module: nn.Module
+    layout: Layout
+
+
+def adaptable(model: nn.Module) -> tuple[dict[str, Site], dict[str, str]]:
+    """(sites by path, reasons by path): what can be adapted, and why a module with a weight cannot."""
+    sites: dict[str, Site] = {}
+    refused: dict[str, str] = {}
+    unseen = _read_past_forward(model)
+    for path, module in model.named_modules():
+        if ".deltas." in f".{path}." or not isinstance(getattr(module, "weight", None), nn.Parameter):
+            continue
+        layout = layout_of(module)
+        if module in unseen:
+            refused[path] = f"is inside {unseen[module]}, which reads its weight without calling it"
+        elif layout is None:
+            refused[path] = f"is a {original_class(module).__name__}, which is not a linear, convolution or embedding layer"
+        elif not module.weight.is_floating_point():  # type: ignore[operator,union-attr]
+            refused[path] = f"holds {module.weight.dtype} numbers: load the model in a floating-point dtype"
+        else:
+            sites[path] = Site(path, module, layout)
+    return sites, refused
+
+
+def _read_past_forward(model: nn.Module) -> dict[nn.Module, str]:
+    """Modules whose parent computes with their weights directly, so that a change there would do nothing."""
+    parents = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+    return {m: type(p).__name__ for p in model.modules() if isinstance(p, parents) for m in p.modules() if m is not p}
+
+
+def choose(model: nn.Module, targets: Sequence[str], exclude: Sequence[str] = ()) -> list[Site]:
+    """The sites that `targets` name and `exclude` does not, in the model's order. UsageError names what is wrong."""
+    sites, refused = adaptable(model)
+    chosen: set[str] = set()
+    for target in targets:
+        found = _linear_paths(model, sites) if target == ALL_LINEAR else [p for p in sites if matches(target, p)]
+        if not found:
+            raise UsageError(_no_match(target, model, sites, refused))
+        blocked = [p for p in refused if target != ALL_LINEAR and p and matches(target, p)]
+        if blocked and not target.startswith("re:") and not any(c in target for c in "*?["):
+            raise UsageError(f"target '{target}' names {blocked[0]}, which {refused[blocked[0]]}")
+        chosen.update(found)
+    for pattern in exclude:
+        out = [p for p in chosen if matches(pattern, p)]
+        if not out:
+            raise UsageError(f"exclude '{pattern}' takes out none of the {len(chosen)} chosen modules{_near(pattern, chosen)}")
+        chosen.difference_update(out)
+    if not chosen:
+        raise UsageError("the targets and exclusions leave no module to adapt")
+    return [site for path, site in sites.items() if path in chosen]
+
+
+def _linear_paths(model: nn.Module, sites: dict[str, Site]) -> list[str]:
+    """Every linear layer but the output head: the head's weight is often tied, and a fresh one is trained whole."""
+    heads = head_modules(model)
+    return [p for p, s in sites.items() if s.layout.kind in ("linear", "conv1d-transposed") and s.module not in heads]
+
+
+def head_modules(model: nn.Module) -> set[nn.Module]:
+    """The output embeddings of a transformers model, and the classification heads of one."""
+    get_head: Any = getattr(model, "get_output_embeddings", None)
+    heads = {get_head()} if get_head is not None else set()
+    if "Classification" in type(model).__name__:
+        for name in ("score", "classifier", "qa_outputs", "classification_head"):
+            head = getattr(model, name, None)
+            heads.update(head.modules() if isinstance(head, nn.Module) else ())
+    return {h for h in heads if h is not None}
+
+
+def _no_match(target: str, model: nn.Module, sites: dict[str, Site], refused: dict[str, str]) -> str:
+    for path in refused:
+        if path and matches(target, path):
+            return f"target '{target}' names {path}, which {refused[path]}"
+    for path, module in model.named_modules():
+        if path and matches(target, path):
+            inside = sorted({p.rpartition(".")[2] for p in sites if p.startswith(path + ".")})
+            hint = f"; name its layers: {', '.join(inside)}" if inside else ""
+            return f"target '{target}' names {path} ({type(module).__name__}), which has no weight to adapt{hint}"
+    return f"target '{target}' matches no module{_near(target, sites)}"
+
+
+def _near(pattern: str, paths: Iterable[str]) -> str:
+    """The closest module names, or all there are when none is close."""
+    names = list(dict.fromkeys(p.rpartition(".")[2] for p in paths))
+    near = difflib.get_close_matches(pattern.removeprefix("re:").rpartition(".")[2], names, n=3, cutoff=0.4)
+    if near:
+        return f"; did you mean {' or '.join(near)}?"
+    return f"; there are: {', '.join(names[:12])}{', …' if len(names) > 12 else ''}" if names else ""
+
+
+def shared_parameters(model: nn.Module) -> dict[int, list[tuple[str, str]]]:
+    """id of each parameter that several modules hold → [(module path, parameter name)]: the tied weights."""
+    holders: dict[int, list[tuple[str, str]]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append((path, name))
+    return {key: where for key, where in holders.items() if len(where) > 1}

@@ -1,0 +1,1 @@
+"""From files to token batches: read, encode with the template, batch, inspect."""

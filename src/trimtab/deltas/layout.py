@@ -1,0 +1,180 @@
+"""How the weight of each kind of module is a matrix [out, in], and how a low-rank pair acts on its input.
+
+Methods are written once against the matrix; what differs between a linear layer, a convolution and an
+embedding is said here and nowhere else. Layouts are plain frozen values: they hold no tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A weight seen as a matrix [out, in]. Base of the layouts below."""
+
+    out_features: int
+    in_features: int
+
+    kind = "linear"
+    lookup = False
+    """Whether the input holds row numbers (an embedding) and not features."""
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The weight as [out, in], a view where the memory allows."""
+        return weight
+
+    def shaped(self, matrix: Tensor, like: Tensor) -> Tensor:
+        """The inverse of `matrix`: [out, in] in the shape of the weight `like`."""
+        return matrix
+
+    def base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What the unadapted module computes."""
+        return F.linear(x, weight, bias)
+
+    def low_rank(self, x: Tensor, B: Tensor, A: Tensor) -> Tensor:
+        """The change of the output for ΔW = B A, never forming ΔW. B: [out, r], A: [r, in]."""
+        return F.linear(F.linear(x, A), B)
+
+
+class LinearLayout(Layout):
+    """nn.Linear: the weight is [out, in] itself."""
+
+
+class Conv1DLayout(Layout):
+    """transformers' Conv1D (GPT-2): a linear layer that stores its weight as [in, out]."""
+
+    kind = "conv1d-transposed"
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.T
+
+    def shaped(self, matrix: Tensor, like: Tensor) -> Tensor:
+        return matrix.T
+
+    def base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight.T, bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingLayout(Layout):
+    """nn.Embedding: the weight is [vocabulary, dim], so out = dim and in = vocabulary.
+
+    scale: what the module multiplies its output by (1 for nn.Embedding; √dim in some decoders).
+    """
+
+    padding_idx: int | None = None
+    scale: float = 1.0
+    kind = "embedding"
+    lookup = True
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.T
+
+    def shaped(self, matrix: Tensor, like: Tensor) -> Tensor:
+        return matrix.T
+
+    def base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = F.embedding(x, weight, padding_idx=self.padding_idx)
+        return y if self.scale == 1.0 else y * torch.tensor(self.scale, dtype=y.dtype, device=y.device)
+
+    def low_rank(self, x: Tensor, B: Tensor, A: Tensor) -> Tensor:
+        y = F.linear(F.embedding(x, A.T, padding_idx=self.padding_idx), B)
+        return y if self.scale == 1.0 else y * self.scale
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvLayout(Layout):
+    """nn.Conv1d/2d/3d: the weight [out, in/groups, *kernel] flattened to [out, in/groups · ∏kernel]."""
+
+    dimensions: int = 2
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] | str = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+    padding_mode: str = "zeros"
+    reversed_padding: tuple[int, ...] = ()
+    """What nn.Conv hands to F.pad when padding_mode is not zeros."""
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        return f"conv{self.dimensions}d"
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    def shaped(self, matrix: Tensor, like: Tensor) -> Tensor:
+        return matrix.reshape(like.shape)
+
+    def base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        conv: Any = (F.conv1d, F.conv2d, F.conv3d)[self.dimensions - 1]
+        padding: Any = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self.reversed_padding, mode=self.padding_mode), 0
+        return conv(x, weight, bias, self.stride, padding, self.dilation, self.groups)  # type: ignore[no-any-return]
+
+    def low_rank(self, x: Tensor, B: Tensor, A: Tensor) -> Tensor:
+        # A: [r, in/groups · ∏kernel]. Each group sees its own slice of the input, so A is repeated a group.
+        rank = A.shape[0]
+        conv: Any = (F.conv1d, F.conv2d, F.conv3d)[self.dimensions - 1]
+        kernels = A.reshape(rank, -1, *self.kernel)
+        h = self.base(x, kernels.repeat(self.groups, *[1] * (self.dimensions + 1)), None)
+        return conv(h, B.reshape(*B.shape, *[1] * self.dimensions), groups=self.groups)  # type: ignore[no-any-return]
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, or of what it was before it was adapted."""
+    return getattr(type(module), "original_class", type(module))
+
+
+def layout_of(module: nn.Module) -> Layout | None:
+    """The layout of a module's weight, or None when trimtab cannot adapt that kind of module exactly.
+
+    A subclass with a forward of its own computes something else than its parent, so it is not taken for it,
+    scaled embeddings excepted, whose factor is known.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    forward = original_class(module).forward
+    if isinstance(module, nn.Linear) and forward is nn.Linear.forward:
+        return LinearLayout(module.out_features, module.in_features)
+    if isinstance(module, Conv1D) and forward is Conv1D.forward:
+        return Conv1DLayout(module.weight.shape[1], module.weight.shape[0])
+    if isinstance(module, nn.Embedding) and module.max_norm is None and not module.sparse:
+        return _embedding_layout(module)
+    for dimensions, kind in enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d), start=1):
+        if isinstance(module, kind) and forward is kind.forward:
+            return _conv_layout(module, dimensions)
+    return None
+
+
+def _embedding_layout(module: nn.Embedding) -> Layout | None:
+    scale = 1.0
+    own = original_class(module)
+    if own.forward is not nn.Embedding.forward:
+        if "ScaledWordEmbedding" not in own.__name__:
+            return None
+        scale = float(getattr(module, "scalar_embed_scale", None) or module.embed_scale)  # type: ignore[arg-type]
+    return EmbeddingLayout(module.embedding_dim, module.num_embeddings, module.padding_idx, scale)
+
+
+def _conv_layout(module: Any, dimensions: int) -> Layout:
+    padding = module.padding if isinstance(module.padding, str) else tuple(module.padding)
+    return ConvLayout(
+        module.out_channels,
+        module.weight[0].numel(),
+        dimensions,
+        tuple(module.kernel_size),
+        tuple(module.stride),
+        padding,
+        tuple(module.dilation),
+        module.groups,
+        module.padding_mode,
+        tuple(module._reversed_padding_repeated_twice),
+    )

@@ -1,0 +1,63 @@
+"""The contract of what a user writes: a method is a frozen dataclass that validates itself.
+
+Imports no torch: the command line makes its flags from these classes before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from trimtab.errors import problems_to_error
+from trimtab.options import to_mapping
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from trimtab.deltas.delta import Delta
+    from trimtab.deltas.layout import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """Base of every method. Subclasses are frozen dataclasses whose fields are made with `options.option`."""
+
+    name: ClassVar[str]
+    """How the registry, the command line and saved files call it."""
+    formula: ClassVar[str]
+    """The adapted map in one line, in the paper's symbols."""
+    paper: ClassVar[str]
+    """Where it comes from."""
+    shape_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields that a module of another shape may need otherwise, such as rank; see `at`."""
+
+    def __post_init__(self) -> None:
+        problems_to_error(self.problems(), f"{type(self).__name__}")
+
+    def problems(self) -> list[str]:
+        """What is wrong with the values, one sentence each; empty when they are fine."""
+        return []
+
+    def at(self, path: str) -> Method:
+        """The method as it applies to the module at `path`, patterns resolved."""
+        return self
+
+    def patterns(self) -> tuple[str, ...]:
+        """Module patterns that fields of this method use; each must match a chosen module."""
+        return ()
+
+    def delta(self, layout: Layout, weight: Tensor, generator: torch.Generator) -> Delta:
+        """A fresh delta for one weight, in fp32 on the CPU. `generator` makes every random draw."""
+        raise NotImplementedError
+
+    def options(self) -> dict[str, Any]:
+        """Name and fields as plain values, for YAML and JSON."""
+        return {"name": self.name, **to_mapping(self)}
+
+
+def positive(name: str, value: float) -> list[str]:
+    """A problem unless `value` is a finite number above 0."""
+    fine = isinstance(value, int | float) and math.isfinite(value) and value > 0
+    return [] if fine else [f"{name} is {value}, but must be above 0"]

@@ -1,0 +1,44 @@
+"""What trimtab raises. Every message names the input, what was expected, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class TrimtabError(Exception):
+    """Anything trimtab refuses. The command line prints its message on one line and exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class UsageError(TrimtabError, ValueError):
+    """A wrong input: a flag, a key, a name, a file. Exit code 2."""
+
+    exit_code = 2
+
+
+class UsageTypeError(UsageError, TypeError):
+    """An input of the wrong type."""
+
+
+class FormatError(UsageError):
+    """A file that is not what it should be: truncated, foreign, or for another model."""
+
+
+class TrainingError(TrimtabError, RuntimeError):
+    """Training stopped: a loss that is not finite, no memory, a full disk. What was saved before stays whole."""
+
+
+def problems_to_error(problems: Sequence[str], what: str) -> None:
+    """Raise one UsageError that lists every problem at once; return when there is none."""
+    if len(problems) == 1:
+        raise UsageError(f"{what}: {problems[0]}")
+    if problems:
+        raise UsageError(f"{what}: {len(problems)} problems\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def did_you_mean(wrong: str, known: Iterable[str]) -> str:
+    """'; did you mean X?' for the nearest of `known`, or '' when nothing is near."""
+    near = difflib.get_close_matches(wrong, list(known), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(near)}?" if near else ""

@@ -1,0 +1,1 @@
+"""Where models come from: a hub id, a local folder, a GGUF file, or one of the embedded ones."""

@@ -1,0 +1,160 @@
+"""One source for what a user can set: a frozen dataclass whose fields carry their help.
+
+YAML keys, command-line flags and saved configurations are all made from it, here. Imports no torch, so
+that `--help` stays fast.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+from trimtab.errors import UsageError, did_you_mean, problems_to_error
+
+T = TypeVar("T")
+
+
+def option(default: Any = dataclasses.MISSING, help: str = "", *, factory: Any = dataclasses.MISSING) -> Any:
+    """A dataclass field with its help text. Without a default the user must give it."""
+    return dataclasses.field(default=default, default_factory=factory, metadata={"help": help})
+
+
+def type_name(kind: Any) -> str:
+    """How a type is written for a user: 'integer', 'one of a, b', 'list of text'."""
+    names = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "nothing"}
+    if kind in names:
+        return names[kind]
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return "one of " + ", ".join(str(a) for a in args)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(type_name(a) for a in args if a is not type(None))
+    if origin is tuple:
+        return "list of " + type_name(args[0])
+    if origin is dict or origin is Mapping:
+        return f"mapping of text to {type_name(args[1])}"
+    return str(getattr(kind, "__name__", kind))
+
+
+def convert(value: Any, kind: Any) -> Any:
+    """`value`, from YAML, JSON or Python, as the field type `kind`; ValueError when it is anything else.
+
+    Text is read as a number only where the field is one; nothing else is coerced.
+    """
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        for arm in (a for a in args if a is not type(None)):
+            try:
+                return convert(value, arm)
+            except ValueError:
+                continue
+        raise ValueError
+    if origin is Literal:
+        if value in args and not isinstance(value, bool):
+            return value
+        raise ValueError
+    if origin is tuple:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list | tuple):
+            raise ValueError
+        return tuple(convert(item, args[0]) for item in items)
+    if origin in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            raise ValueError
+        return {str(k): convert(v, args[1]) for k, v in value.items()}
+    return _convert_plain(value, kind)
+
+
+def _convert_plain(value: Any, kind: Any) -> Any:
+    if kind is bool:
+        words = {"true": True, "false": False}
+        if isinstance(value, str) and value.lower() in words:
+            return words[value.lower()]
+        if isinstance(value, bool):
+            return value
+        raise ValueError
+    if isinstance(value, bool):
+        raise ValueError
+    if kind is int:
+        if isinstance(value, str | int):
+            return int(value)
+        if isinstance(value, float) and value.is_integer():
+            return int(value)
+        raise ValueError
+    if kind is float and isinstance(value, str | int | float):
+        number = float(value)
+        if math.isnan(number):
+            raise ValueError
+        return number
+    if kind is str and isinstance(value, str):
+        return value
+    if kind is Any:
+        return value
+    raise ValueError
+
+
+def from_mapping(cls: type[T], mapping: Mapping[str, Any], what: str) -> T:
+    """Build `cls` from keys and values. Every unknown key, wrong type and missing value is named at once.
+
+    what: how the mapping is called in messages, such as a file's name.
+    """
+    values, problems = read_mapping(cls, mapping)
+    problems_to_error(problems, what)
+    return cls(**values)
+
+
+def read_mapping(cls: type, mapping: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The converted values of `mapping` for the dataclass `cls`, and the list of what is wrong with it."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    problems = []
+    for key, value in mapping.items():
+        name = key.replace("-", "_")
+        if name not in fields:
+            problems.append(f"unknown key '{key}'{did_you_mean(name, fields)}")
+            continue
+        try:
+            values[name] = convert(value, hints[name])
+        except (ValueError, OverflowError):
+            problems.append(f"{key} is {value!r}, but must be {type_name(hints[name])}")
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in mapping and name.replace("_", "-") not in mapping:
+            problems.append(f"'{name}' is missing ({type_name(hints[name])})")
+    return values, problems
+
+
+def to_mapping(options: Any) -> dict[str, Any]:
+    """The fields of a dataclass as plain JSON and YAML values, in their order."""
+    return {f.name: _plain(getattr(options, f.name)) for f in dataclasses.fields(options)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return value
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The mapping in a YAML file. Numbers such as 2e-4, which plain YAML reads as text, are numbers."""
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} must hold keys and values, but holds {type(content).__name__}")
+    return {str(k): v for k, v in content.items()}

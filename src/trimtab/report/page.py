@@ -1,0 +1,279 @@
+"""`write_report`: a run folder as one self-contained page."""
+
+from __future__ import annotations
+
+import importlib.resources
+import math
+import os
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trimtab.errors import UsageError
+from trimtab.report import plots, wording
+from trimtab.report.run_folder import METRIC_KEYS, RunFolder, read_run
+from trimtab.report.wording import Measure, count, duration, mebibytes, number, percent, plain, ratio_percent
+
+SAMPLES_OPEN = 8
+
+# How each known key of result.json is named and shown; all other keys are listed as they are.
+FIGURES = {
+    "seconds": ("Training time", duration),
+    "real_tokens": ("Tokens seen, padding excluded", lambda value: f"{count(value)} tokens"),
+    "supervised_tokens": ("Tokens supervised", lambda value: f"{count(value)} tokens"),
+    "tokens_per_second": ("Speed", lambda value: f"{number(value)} tokens per second"),
+    "train_loss": ("Training loss", lambda value: f"{number(value, 4)} nats per supervised token"),
+    "eval_loss": ("Evaluation loss", lambda value: f"{number(value, 4)} nats per supervised token"),
+    "peak_rss_bytes": ("Peak memory (resident set)", mebibytes),
+    "trainable_parameters": ("Trainable parameters", lambda value: f"{value:,} parameters"),
+    "base_parameters": ("Frozen parameters", lambda value: f"{value:,} parameters"),
+}
+ENVIRONMENT = ("dtype", "threads", "versions")
+
+
+def write_report(run: Path, *, out: Path | None = None) -> Path:
+    """Write the report of a run folder as one HTML file and return its path.
+
+    run: the folder that training wrote; it must hold config.yaml, and a section says so when its file is absent.
+    out: where to write, by default report.html in the run folder. The file replaces an earlier one in one step.
+
+    Errors: FormatError for a broken file of the run (named, with its line); UsageError for a folder that is no run,
+    a place that cannot be written, or when the extra "plots" is not installed.
+    """
+    target = Path(run) / "report.html" if out is None else Path(out)
+    page = render(read_run(Path(run)))
+    _replace(target, page)
+    return target
+
+
+def _replace(target: Path, page: str) -> None:
+    if target.is_dir():
+        raise UsageError(f"cannot write the report to {target}: it is a folder; name a file, such as report.html")
+    temporary = None
+    try:
+        descriptor, temporary = tempfile.mkstemp(prefix=".report-", suffix=".html", dir=target.parent)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(page)
+        # mkstemp makes a file for its owner only; a report is to be passed on.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, target)
+        temporary = None
+    except OSError as error:
+        raise UsageError(f"cannot write the report to {target}: {error.strerror}; choose another place") from error
+    finally:
+        if temporary is not None:
+            os.unlink(temporary)
+
+
+def render(run: RunFolder) -> str:
+    """The page as text. The same run gives the same page, byte for byte."""
+    try:
+        import jinja2
+        import markupsafe
+    except ImportError as error:
+        raise UsageError('the report needs matplotlib and jinja2; run: pip install "trimtab[plots]"') from error
+    files = importlib.resources.files("trimtab.report")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(visible=wording.visible, number=number, percent=percent, ratio_percent=ratio_percent)
+    environment.filters.update(svg=markupsafe.Markup)
+    template = environment.from_string(files.joinpath("page.html").read_text(encoding="utf-8"))
+    style = markupsafe.Markup(files.joinpath("page.css").read_text(encoding="utf-8"))
+    page = template.render(style=style, **context(run))
+    # A lone surrogate, which JSON can spell and UTF-8 cannot, may stand in a name or a path.
+    return page.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def context(run: RunFolder) -> dict[str, Any]:
+    """What the template shows, section by section."""
+    result = run.result or {}
+    measures = wording.read_measures(result, str(run.path / "result.json"))
+    return {
+        "title": _title(run),
+        "run_name": run.path.resolve().name,
+        "summary": _summary(run),
+        "tiles": _tiles(run, measures),
+        "measures": measures,
+        "measures_svg": plots.measures(measures) if measures else None,
+        **_curves(run),
+        **_layers(run),
+        "samples": run.samples,
+        "samples_open": SAMPLES_OPEN,
+        "audit": _audit(run),
+        "config": run.config_text,
+        "has_result": run.result is not None,
+        "figures": _figures(result, measures),
+        "environment": _environment(result),
+    }
+
+
+def _method(run: RunFolder) -> tuple[str, Any]:
+    """The method's name as the run recorded it, and its rank where it has one."""
+    method = (run.result or {}).get("method", run.config.get("method"))
+    if isinstance(method, Mapping):
+        return str(method.get("name", "adapter")), method.get("rank")
+    return str(method or "adapter"), run.config.get("rank")
+
+
+def _title(run: RunFolder) -> str:
+    name, rank = _method(run)
+    shown = {"lora": "LoRA", "full": "Full fine-tuning"}.get(name.lower(), name)
+    model = str((run.result or {}).get("model", run.config.get("model", "an unnamed model")))
+    # The last part of a path or hub id is the name people know; the rest is in the configuration.
+    model = model.rstrip("/").rsplit("/", 1)[-1]
+    return f"{shown}, rank {rank}, on {model}" if rank is not None and name != "full" else f"{shown} on {model}"
+
+
+def _summary(run: RunFolder) -> str:
+    """What was trained and what it cost, in one sentence."""
+    result = run.result or {}
+    known = {key: result.get(key, run.last(key)) for key in ("real_tokens", "supervised_tokens", "seconds")}
+    parts = []
+    trainable, base = result.get("trainable_parameters"), result.get("base_parameters")
+    if trainable is not None:
+        share = f" ({ratio_percent(trainable / base)} of the {count(base)} frozen ones)" if base else ""
+        parts.append(f"{count(trainable)} trainable parameters{share}")
+    if run.last("step") is not None:
+        parts.append(f"{plain(run.last('step'))} optimizer steps")
+    if known["real_tokens"] is not None:
+        supervised = known["supervised_tokens"]
+        note = f", of which {count(supervised)} were supervised" if supervised is not None else ""
+        parts.append(f"{count(known['real_tokens'])} tokens{note}")
+    sentence = "Trained " + ", ".join(parts) if parts else "Nothing about the training was recorded"
+    sentence = sentence.replace("Trained ", "Trained on ", 1) if parts and trainable is None else sentence
+    return sentence + (f", in {duration(known['seconds'])}." if known["seconds"] is not None else ".")
+
+
+def _tiles(run: RunFolder, measures: Sequence[Measure]) -> list[dict[str, str]]:
+    """The headline figures: what was gained, what was forgotten, and whether the merge is faithful."""
+    tiles = []
+    for row in measures:
+        chance = f" · chance {row.show(row.chance)}" if row.chance is not None else ""
+        tiles.append(
+            {
+                "label": row.label,
+                "value": row.show(row.after),
+                "change": f"{row.show_difference()} from {row.show(row.before)}",
+                "note": f"95 % interval {row.show_interval(row.interval_after)}{chance}"
+                if row.interval_after
+                else f"no interval recorded{chance}",
+            }
+        )
+    steps, losses = run.series("step", "eval_loss")
+    if losses:
+        unit = "nats per supervised token"
+        change = f"from {number(losses[0])} at step {steps[0]:g}" if len(losses) > 1 else f"at step {steps[0]:g}"
+        tiles.append({"label": "Evaluation loss", "value": number(losses[-1]), "change": change, "note": unit})
+    elif run.last("loss") is not None:
+        change = f"at step {run.series('step', 'loss')[0][-1]:g}"
+        note = "nats per supervised token"
+        tiles.append({"label": "Training loss", "value": number(run.last("loss")), "change": change, "note": note})
+    return tiles
+
+
+def _curves(run: RunFolder) -> dict[str, Any]:
+    """The curves, and in words what they leave out."""
+    drawn = [key for key in ("loss", "eval_loss", "lr", "grad_norm") if run.series("step", key)[0]]
+    not_finite = sum(not math.isfinite(value) for key in drawn for value in run.series("step", key)[1])
+    further = sorted({key for row in run.metrics for key in row} - METRIC_KEYS)
+    return {
+        "curves_svg": plots.curves(run) if drawn else None,
+        "metric_rows": len(run.metrics),
+        "eval_points": len(run.series("step", "eval_loss")[0]),
+        "not_finite": not_finite,
+        "further_metrics": further,
+    }
+
+
+def _layers(run: RunFolder) -> dict[str, Any]:
+    """The heat maps of ‖ΔW‖/‖W‖ on one common scale, and bars for modules outside any stack of layers."""
+    changes = run.relative_changes()
+    finite = {name: value for name, value in changes.items() if math.isfinite(value)}
+    if not finite:
+        return {"layers": None, "layer_rows": list(changes.items())}
+    grids, rest = plots.layer_grids(finite)
+    top = max(finite.values())
+    extremes = {"smallest": min(finite, key=finite.__getitem__), "largest": max(finite, key=finite.__getitem__)}
+    layers = {
+        "grids": [(grid.prefix, plots.heat_map(grid, top, f"heat{index}")) for index, grid in enumerate(grids)],
+        "bars": plots.change_bars(rest) if rest else None,
+        "bars_shown": min(len(rest), plots.BARS_SHOWN),
+        "bars_total": len(rest),
+        "not_finite": len(changes) - len(finite),
+        "count": len(changes),
+        "top": top,
+        "median": statistics.median(finite.values()),
+        "extremes": [(word, name, finite[name]) for word, name in extremes.items()],
+    }
+    return {"layers": layers, "layer_rows": list(changes.items()) if run.audit is None else []}
+
+
+def _audit(run: RunFolder) -> dict[str, Any] | None:
+    if run.audit is None:
+        return None
+    rows = run.audit["layers"]
+    known = {"dtype", "layers", "max_logit_difference", "greedy_agreement", "probe_prompts"}
+    probes = run.audit.get("probe_prompts")
+    facts = [("Written as", str(run.audit.get("dtype", wording.MISSING))), ("Modules merged", f"{len(rows):,}")]
+    if run.audit.get("max_logit_difference") is not None:
+        facts.append(("Largest logit difference", number(run.audit["max_logit_difference"])))
+    if run.audit.get("greedy_agreement") is not None:
+        facts.append(("Greedy tokens that agree", percent(run.audit["greedy_agreement"], 2)))
+    if probes is not None:
+        facts.append(("Probe prompts", f"{len(probes) if isinstance(probes, list) else plain(probes)}"))
+    for key, label, worst in (
+        ("unchanged_share", "Weights unchanged, at most", max),
+        ("realised_share", "Change realised, at least", min),
+        ("error_share", "Error of the change, at most", max),
+    ):
+        values = [row[key] for row in rows if row.get(key) is not None and math.isfinite(row[key])]
+        if values:
+            facts.append((label, _share(worst(values))))
+    return {
+        "facts": facts,
+        "rows": [_audit_row(row) for row in rows],
+        "probes": probes if isinstance(probes, list) else [],
+        "further": [(key, plain(value)) for key, value in run.audit.items() if key not in known],
+    }
+
+
+def _share(value: float) -> str:
+    """A share that is often almost nothing or almost all: three digits where small, else two decimals."""
+    return ratio_percent(value) if abs(value) < 0.01 else percent(value, 2)
+
+
+def _audit_row(row: Mapping[str, Any]) -> dict[str, str]:
+    shown = {"name": row["name"], "relative_change": ratio_percent(row["relative_change"])}
+    for key in ("unchanged_share", "realised_share", "error_share"):
+        shown[key] = wording.MISSING if row.get(key) is None else _share(row[key])
+    return shown
+
+
+def _figures(result: Mapping[str, Any], measures: Sequence[Measure]) -> list[tuple[str, str]]:
+    """Every key of result.json that has no place elsewhere: known ones with their unit, others as they are."""
+    elsewhere = {row.key for row in measures} | set(ENVIRONMENT)
+    rows = []
+    for key, value in result.items():
+        if key in elsewhere:
+            continue
+        if key in FIGURES and value is not None:
+            label, show = FIGURES[key]
+            rows.append((label, show(value)))
+        else:
+            rows.append((key.replace("_", " ").capitalize(), plain(value)))
+    return rows + [
+        (f"{row.label}: {key.replace('_', ' ')}", plain(value)) for row in measures for key, value in row.further.items()
+    ]
+
+
+def _environment(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    versions = result.get("versions")
+    rows = [(key, plain(result[key])) for key in ("dtype", "threads") if key in result]
+    if isinstance(versions, Mapping):
+        return rows + [(str(name), plain(version)) for name, version in versions.items()]
+    return rows + ([("versions", plain(versions))] if versions is not None else [])

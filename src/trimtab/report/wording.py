@@ -1,0 +1,188 @@
+"""Figures as a reader sees them: a unit beside every number, an interval beside every estimate."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trimtab.errors import FormatError
+from trimtab.report.run_folder import is_number
+
+MISSING = "not recorded"
+LABELS = {
+    "subtoken_f1": "Subtoken F1",
+    "exact_match": "Exact match",
+    "knowledge": "General knowledge",
+}
+# Shares of a whole, shown in percent; F1 is a mean of two shares and is customarily left as a number.
+PERCENT_MEASURES = frozenset(("exact_match", "knowledge"))
+MEASURE_KEYS = frozenset(("before", "after", "interval_before", "interval_after", "chance", "null"))
+
+
+def number(value: float, digits: int = 3) -> str:
+    """`value` to `digits` significant digits, thousands separated: 0.0213, 12,340, 3.1e-07."""
+    if not math.isfinite(value):
+        return "not a number" if math.isnan(value) else ("∞" if value > 0 else "−∞")
+    if value == 0:
+        return "0"
+    if abs(value) < 1e-4 or abs(value) >= 1e15:
+        return f"{value:.{digits - 1}e}".replace("-", "−")
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{decimals}f}".replace("-", "−")
+
+
+def count(value: float) -> str:
+    """A large count, shortened: 4.88 million."""
+    for size, word in ((1e9, "billion"), (1e6, "million")):
+        if abs(value) >= size:
+            return f"{number(value / size)} {word}"
+    return f"{value:,.0f}".replace("-", "−")
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """A share of 1 in percent, with fixed decimals: 9.2 %."""
+    return f"{100 * share:.{digits}f} %".replace("-", "−") if math.isfinite(share) else number(share)
+
+
+def ratio_percent(ratio: float) -> str:
+    """A ratio in percent to three significant digits: 0.482 %."""
+    return f"{number(100 * ratio)} %"
+
+
+def duration(seconds: float) -> str:
+    """6 min 12 s; 41.3 s; 2 h 05 min."""
+    if not math.isfinite(seconds) or seconds < 60:
+        return f"{number(seconds)} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def mebibytes(size: float) -> str:
+    """A size in bytes as MiB or GiB."""
+    return f"{number(size / 2**30)} GiB" if size >= 2**30 else f"{number(size / 2**20)} MiB"
+
+
+def visible(text: str) -> str:
+    """`text` with the control characters a browser would drop made visible, as their Unicode pictures."""
+
+    def shown(char: str) -> str:
+        if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cs"):
+            return char
+        if ord(char) < 0x20:
+            return chr(0x2400 + ord(char))
+        return f"\\u{ord(char):04x}"
+
+    return "".join(map(shown, text))
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One figure before and after training, with 95 % bootstrap intervals where they were recorded.
+
+    chance: what guessing gives, on the same scale; None when the run recorded none.
+    further: whatever else the run recorded with it, such as the number of questions.
+    """
+
+    key: str
+    before: float
+    after: float
+    interval_before: tuple[float, float] | None
+    interval_after: tuple[float, float] | None
+    chance: float | None
+    further: Mapping[str, Any]
+
+    @property
+    def label(self) -> str:
+        return LABELS.get(self.key, self.key.replace("_", " ").capitalize())
+
+    def show(self, value: float) -> str:
+        if self.key in PERCENT_MEASURES:
+            return percent(value)
+        # Fixed decimals line up, but only a figure between 0 and 1 is known to need no more.
+        return f"{value:.3f}".replace("-", "−") if abs(value) <= 1 else number(value)
+
+    def show_interval(self, interval: tuple[float, float] | None) -> str:
+        if interval is None:
+            return "no interval recorded"
+        return f"{self.show(interval[0])} to {self.show(interval[1])}"
+
+    def show_difference(self) -> str:
+        difference = self.after - self.before
+        sign = "+" if difference > 0 else ""
+        if self.key in PERCENT_MEASURES:
+            return f"{sign}{100 * difference:.1f} points".replace("-", "−")
+        return f"{sign}{self.show(difference)}"
+
+    def overlap(self) -> str:
+        """What the two intervals say about the difference, in words."""
+        if self.interval_before is None or self.interval_after is None:
+            return "no intervals to judge the difference by"
+        (low, high), (other_low, other_high) = self.interval_before, self.interval_after
+        return "the intervals overlap" if low <= other_high and other_low <= high else "the intervals do not overlap"
+
+    def sentence(self) -> str:
+        """From what to what, with intervals and the chance level."""
+        verb = "rose" if self.after > self.before else "fell" if self.after < self.before else "stayed"
+        bracket_before = f" [{self.show_interval(self.interval_before)}]" if self.interval_before else ""
+        bracket_after = f" [{self.show_interval(self.interval_after)}]" if self.interval_after else ""
+        chance = f"; chance gives {self.show(self.chance)}" if self.chance is not None else ""
+        return (
+            f"{self.label} {verb} from {self.show(self.before)}{bracket_before} to {self.show(self.after)}"
+            f"{bracket_after}: {self.overlap()}{chance}."
+        )
+
+
+def read_measures(result: Mapping[str, Any], where: str) -> list[Measure]:
+    """Every before/after figure of result.json, in its order. FormatError for one that is not made of numbers."""
+    return [
+        _read_measure(key, value, where)
+        for key, value in result.items()
+        if isinstance(value, Mapping) and "before" in value and "after" in value
+    ]
+
+
+def _read_measure(key: str, value: Mapping[str, Any], where: str) -> Measure:
+    for name in ("before", "after"):
+        if not is_number(value[name]):
+            raise FormatError(f"{where}: {key}.{name} must be a number")
+    chance = value.get("chance", value.get("null"))
+    if chance is not None and not is_number(chance):
+        raise FormatError(f"{where}: the chance level of {key} must be a number")
+    return Measure(
+        key=key,
+        before=float(value["before"]),
+        after=float(value["after"]),
+        interval_before=_read_interval(value.get("interval_before"), f"{where}: {key}.interval_before"),
+        interval_after=_read_interval(value.get("interval_after"), f"{where}: {key}.interval_after"),
+        chance=None if chance is None else float(chance),
+        further={name: content for name, content in value.items() if name not in MEASURE_KEYS},
+    )
+
+
+def _read_interval(value: Any, where: str) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2 or not all(map(is_number, value)):
+        raise FormatError(f"{where} must be two numbers, the ends of the 95 % interval")
+    low, high = float(value[0]), float(value[1])
+    if low > high:
+        raise FormatError(f"{where} must start at its lower end, but is [{low}, {high}]")
+    return low, high
+
+
+def plain(value: Any) -> str:
+    """Any JSON value on one line, for a table of what has no better form."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {plain(item)}" for key, item in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(plain, value)) or "none"
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}".replace("-", "−")
+    return f"{value:,}" if isinstance(value, int) else str(value)
