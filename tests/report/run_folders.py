@@ -109,7 +109,12 @@ RESULT = {
     "versions": {"trimtab": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "python": "3.11.2"},
     "threads": 2,
     "dtype": "float32",
-    "subtoken_f1": {"before": 0.021, "after": 0.243, "interval_before": [0.012, 0.032], "interval_after": [0.206, 0.281]},
+    "subtoken_f1": {
+        "before": 0.021,
+        "after": 0.243,
+        "interval_before": [0.012, 0.032],
+        "interval_after": [0.206, 0.281],
+    },
     "exact_match": {"before": 0.0, "after": 0.092, "interval_before": [0, 0.0], "interval_after": [0.063, 0.125]},
     "knowledge": {
         "before": 0.525,

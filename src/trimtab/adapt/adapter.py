@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from trimtab.adapt.module import Adapted, Copies, FrozenStatistics, Routes, restore_module
+from trimtab.adapt.module import Adapted, Copies, FrozenStatistics, Routes, carried, drop
 from trimtab.adapt.select import Placement
 from trimtab.deltas.delta import Delta
 from trimtab.deltas.layout import original_class
@@ -126,11 +126,7 @@ class Adapter:
             raise UsageError(f"adapter '{self.name}' is merged: unmerge it before removing it")
         set_active(self.model, tuple(n for n in state.active if n != self.name))
         for module in self.sites.values():
-            for group in (cast("nn.ModuleDict", module.deltas), cast("nn.ModuleDict", module.copies)):
-                if self.name in group:
-                    del group[self.name]
-            if not len(cast("nn.ModuleDict", module.deltas)) and not len(cast("nn.ModuleDict", module.copies)):
-                restore_module(module)
+            drop(module, self.name)
         del state.adapters[self.name]
         self.sites, self.deltas, self.copies = {}, {}, {}
         if not state.adapters:
@@ -196,7 +192,7 @@ def set_active(model: nn.Module, names: tuple[str, ...]) -> None:
         if name not in names:
             raise UsageError(f"adapter '{name}' is merged into the weights: unmerge it to switch it off")
     for module in adapted_modules(model):
-        module._active = tuple(n for n in names if n not in merged and (n in module.deltas or n in module.copies))
+        module._active = tuple(n for n in names if n not in merged and n in carried(module))
     state.active = names
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.adapt.adapter import STATE, Adapter, ModelState, frozen_norm_class, set_active
-from trimtab.adapt.module import Copies, FrozenStatistics, adapt_module, subclass
+from trimtab.adapt.module import Copies, FrozenStatistics, put, subclass
 from trimtab.adapt.select import Placement, Site, choose, shared_parameters
 from trimtab.deltas.delta import Delta, Sliced, slice_layout
 from trimtab.deltas.method import Method
@@ -124,6 +124,8 @@ def _copied_names(
 ) -> dict[tuple[str, str], nn.Module]:
     """(module path, parameter or buffer name) of everything that is trained as a copy, with its module."""
     chosen: dict[tuple[str, str], nn.Module] = {}
+    if not extra and placement.bias == "none":
+        return chosen
     shared = shared_parameters(model)
     everything = dict(model.named_modules())
     for path, module in extra.items():
@@ -180,12 +182,14 @@ def install(
         model.requires_grad_(False)
     for path, (module, delta) in deltas.items():
         weight: Tensor = module.weight  # type: ignore[assignment]
-        adapt_module(module)
-        module.deltas[adapter.name] = delta.to(device=weight.device, dtype=dtype).train(module.training)  # type: ignore[operator,index]
+        if weight.device.type != "cpu" or dtype != torch.float32:
+            delta.to(device=weight.device, dtype=dtype)
+        if not module.training:
+            delta.eval()
+        put(module, adapter.name, delta=delta)
         adapter.sites[path], adapter.deltas[path] = module, delta
     for path, (module, copy) in copies.items():
-        adapt_module(module)
-        module.copies[adapter.name] = copy.train(module.training)  # type: ignore[operator,index]
+        put(module, adapter.name, copies=copy.train(module.training))
         adapter.sites[path], adapter.copies[path] = module, copy
     for module in model.modules():
         if frozen_norm_class(module):

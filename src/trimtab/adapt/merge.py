@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.adapt.adapter import Adapter, adapters, set_active, state_of
-from trimtab.adapt.module import Adapted, adapt_module, restore_module
+from trimtab.adapt.module import Adapted, carried, put, restore_module
 from trimtab.adapt.probe import Outputs, compare, run_probes
 from trimtab.adapt.select import shared_parameters
 from trimtab.errors import TrimtabError, UsageError
@@ -240,7 +240,7 @@ def _strip(merged: Merged, known: dict[str, Adapter], names: tuple[str, ...]) ->
     """Give modules that carry nothing but merged deltas their own class back: merged inference costs nothing."""
     for name in names:
         for module in known[name].sites.values():
-            if isinstance(module, Adapted) and {*module.deltas, *module.copies} <= set(names):
+            if isinstance(module, Adapted) and carried(module) <= set(names):
                 restore_module(cast("nn.Module", module))
                 merged.stripped.append(cast("nn.Module", module))
 
@@ -252,14 +252,13 @@ def _take_out(model: nn.Module) -> None:
         return
     for module, name, tensor in reversed(state.merged.originals):
         (module._parameters if name in module._parameters else module._buffers)[name] = tensor
-    for module in state.merged.stripped:
-        adapt_module(module)
+    stripped = {id(module) for module in state.merged.stripped}
     for name, adapter in state.adapters.items():
         for path, module in adapter.sites.items():
-            for part, group in ((adapter.deltas, "deltas"), (adapter.copies, "copies")):
-                if path in part:
-                    own = cast("Mapping[str, nn.Module]", part)[path]
-                    cast("nn.ModuleDict", getattr(module, group))[name] = own.to(module.weight.device)  # type: ignore[arg-type,union-attr]
+            if id(module) in stripped:
+                device = cast("Tensor", next(iter(module._parameters.values()))).device
+                delta, copies = adapter.deltas.get(path), adapter.copies.get(path)
+                put(module, name, delta and delta.to(device), copies and copies.to(device))
     state.merged = None
 
 

@@ -37,7 +37,8 @@ class Adapted:
 
     original_class: type[nn.Module]
     deltas: nn.ModuleDict
-    copies: nn.ModuleDict
+    copies: nn.ModuleDict | None
+    """Made only where an adapter trains copies here; most modules have none, and attaching stays quick."""
     _active: tuple[str, ...]
     _routes: tuple[int, Routes] | None
 
@@ -49,7 +50,7 @@ class Adapted:
     def _as(self, names: Sequence[str], args: Any, kwargs: Any) -> Any:
         """The module's output with the named adapters."""
         deltas = cast("list[Delta]", [self.deltas[n] for n in names if n in self.deltas])
-        copies = cast("list[Copies]", [self.copies[n] for n in names if n in self.copies])
+        copies = cast("list[Copies]", [self.copies[n] for n in names if n in self.copies] if self.copies else [])
         if len(copies) > 1:
             raise UsageError("two enabled adapters both replace the same parameters: switch to one of them")
         if not copies:
@@ -127,9 +128,36 @@ def adapt_module(module: nn.Module) -> None:
             raise UsageError(f"a {type(module).__name__} already has an attribute '{name}', which trimtab needs")
     module.__class__ = subclass(type(module), Adapted)
     module.deltas = nn.ModuleDict()
-    module.copies = nn.ModuleDict()
+    module.copies = None
     module._active = ()  # type: ignore[assignment]
     module._routes = None  # type: ignore[assignment]
+
+
+def put(module: nn.Module, name: str, delta: Delta | None = None, copies: Copies | None = None) -> None:
+    """Give a module an adapter's delta or copies, adapting its class first where that is still to be done."""
+    adapt_module(module)
+    adapted = cast("Adapted", module)
+    if delta is not None:
+        adapted.deltas[name] = delta
+    if copies is not None:
+        adapted.copies = nn.ModuleDict() if adapted.copies is None else adapted.copies
+        adapted.copies[name] = copies
+
+
+def carried(module: Adapted) -> set[str]:
+    """The names of the adapters that have a delta or copies on a module."""
+    return {*module.deltas, *(module.copies or ())}
+
+
+def drop(module: nn.Module, name: str) -> None:
+    """Take an adapter's delta and copies off a module; with the last ones gone it gets its own class back."""
+    adapted = cast("Adapted", module)
+    if name in adapted.deltas:
+        del adapted.deltas[name]
+    if adapted.copies is not None and name in adapted.copies:
+        del adapted.copies[name]
+    if not carried(adapted):
+        restore_module(module)
 
 
 def restore_module(module: nn.Module) -> None:

@@ -58,20 +58,20 @@ def encode(source: Source | Sequence[Row], tokenizer: PreTrainedTokenizerBase, *
         raise UsageError(f"max_length is {max_length}, but must be at least 2: the first token has nothing before it")
     if not getattr(tokenizer, "is_fast", False):
         raise UsageError(f"{type(tokenizer).__name__} has no character offsets; use the model's fast tokenizer")
-    templated = [row for row in rows if row.turns and (tokenizer.chat_template or not row.raw)]
-    if templated and not tokenizer.chat_template:
+    needs = next((row for row in rows if row.turns and not row.raw), None)
+    if needs and not tokenizer.chat_template:
         raise UsageError(
-            f"the tokenizer has no chat template, but {where} {templated[0].number} is a conversation; use a model with "
-            "one, set tokenizer.chat_template, or give rows of prompt and completion, which need none"
+            f"the tokenizer has no chat template, but {where} {needs.number} is a conversation; use a model with one, "
+            "set tokenizer.chat_template, or give rows of prompt and completion, which need none"
         )
-    by_template = {id(row) for row in templated}
     examples: list[Example] = []
     for start in range(0, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
-        chats = _encode_chats([row for row in chunk if id(row) in by_template], tokenizer, where)
-        plain = _encode_plain([row for row in chunk if id(row) not in by_template], tokenizer)
-        for row in chunk:
-            ids, supervised = next(chats if id(row) in by_template else plain)
+        by_template = [bool(row.turns and (tokenizer.chat_template or not row.raw)) for row in chunk]
+        chats = _encode_chats([row for row, t in zip(chunk, by_template, strict=True) if t], tokenizer, where)
+        plain = _encode_plain([row for row, t in zip(chunk, by_template, strict=True) if not t], tokenizer)
+        for row, t in zip(chunk, by_template, strict=True):
+            ids, supervised = next(chats if t else plain)
             examples.append(_truncate(ids, supervised, row.number, max_length))
     return examples
 
@@ -141,7 +141,9 @@ def _each(
             try:
                 render([chat])
             except Exception as error:  # a template may raise anything, jinja's errors and Python's alike
-                raise UsageError(f"the chat template refuses {where} {number}: {' '.join(str(error).split())}") from error
+                raise UsageError(
+                    f"the chat template refuses {where} {number}: {' '.join(str(error).split())}"
+                ) from error
         raise
 
 
@@ -161,52 +163,66 @@ def _render_marked(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, wher
 
 
 def _render_nested(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, where: str) -> list[tuple[str, list[Span]]]:
-    def render(chats: list[list[dict[str, str]]], header: bool) -> Any:
-        return tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=header)
+    def render(chats: Sequence[Sequence[Turn]], numbers: Sequence[int], header: bool = False) -> list[str]:
+        def run(batch: list[list[dict[str, str]]]) -> Any:
+            return tokenizer.apply_chat_template(batch, tokenize=False, add_generation_prompt=header)
 
-    for row in rows:
-        if row.turns[0].role == "assistant":
-            raise UsageError(f"{where} {row.number} begins with the assistant's turn; put the user's turn before it")
-    answers = [(row, k) for row in rows for k, turn in enumerate(row.turns) if turn.role == "assistant"]
-    numbers = [row.number for row, _ in answers]
-    before = [_messages(row.turns[:k]) for row, k in answers]
-    after = [_messages(row.turns[: k + 1]) for row, k in answers]
-    # A conversation's last answer ends with the conversation: its rendering is the whole text already.
-    texts = _each(lambda c: render(c, False), [_messages(r.turns) for r in rows], [r.number for r in rows], where)
-    headed = _each(lambda c: render(c, True), before, numbers, where)
-    bare = _each(lambda c: render(c, False), before, numbers, where)
-    closed = _each(lambda c: render(c, False), after, numbers, where)
-    spans: dict[int, list[Span]] = {id(row): [] for row in rows}
-    whole = {id(row): text for row, text in zip(rows, texts, strict=True)}
-    for (row, k), start, plain, end in zip(answers, headed, bare, closed, strict=True):
-        span = _nested_span(whole[id(row)], start, plain, end, row.turns[k].content)
+        return list(_each(run, [_messages(turns) for turns in chats], numbers, where)) if chats else []
+
+    texts = render([row.turns for row in rows], [row.number for row in rows])
+    answers = [(i, k) for i, row in enumerate(rows) for k, turn in enumerate(row.turns) if turn.role == "assistant"]
+    first = next((rows[i] for i, k in answers if k == 0), None)
+    if first is not None:
+        raise UsageError(f"{where} {first.number} begins with the assistant's turn; put the user's turn before it")
+    prompts = [rows[i].turns[:k] for i, k in answers]
+    headed = render(prompts, [rows[i].number for i, _ in answers], header=True)
+    unasked = _unasked_header(prompts[0], render) if answers else ""
+    # An answer at the end of its conversation ends with it: only the earlier ones are rendered once more.
+    inner = [(i, k) for i, k in answers if k + 1 < len(rows[i].turns)]
+    closed = dict(
+        zip(inner, render([rows[i].turns[: k + 1] for i, k in inner], [rows[i].number for i, _ in inner]), strict=True)
+    )
+    spans: list[list[Span]] = [[] for _ in rows]
+    for (i, k), start in zip(answers, headed, strict=True):
+        span = _nested_span(texts[i], start + unasked, closed.get((i, k), texts[i]), rows[i].turns[k].content)
         if span is None:
             raise UsageError(
-                f"the chat template writes turn {k + 1} of {where} {row.number} differently once more turns follow, so "
-                "what to learn from cannot be told; mark the assistant's text in the template with "
-                "{% generation %} … {% endgeneration %}, or give each row one answer"
+                f"the chat template writes turn {k + 1} of {where} {rows[i].number} differently when asked for an answer "
+                "or when more turns follow, so what to learn from cannot be told; mark the assistant's text in the "
+                "template with {% generation %} and {% endgeneration %}, or give each row one answer"
             )
-        spans[id(row)].append(span)
-    return [(whole[id(row)], spans[id(row)]) for row in rows]
+        spans[i].append(span)
+    return list(zip(texts, spans, strict=True))
 
 
-def _nested_span(whole: str, headed: str, bare: str, closed: str, content: str) -> Span | None:
-    # whole: the conversation. headed, bare: up to before the answer, with and without its header. closed: up to
-    # its end. None where the answer cannot be told with certainty.
-    if not whole.startswith(headed) or not whole.startswith(closed) or len(closed) < len(headed):
-        return None
+def _unasked_header(prompt: Sequence[Turn], render: Callable[..., list[str]]) -> str:
+    # A template may ignore the wish for the answer's header. What it then writes between the prompt and the answer is
+    # the header all the same; an answer that stands nowhere else shows it.
+    (bare,), (headed,) = render([prompt], [0]), render([prompt], [0], header=True)
+    if bare != headed:
+        return ""
+    marker = "answer\u2042here"
+    (closed,) = render([[*prompt, Turn("assistant", marker)]], [0])
+    return closed[len(bare) : closed.index(marker)] if closed.startswith(bare) and marker in closed else ""
+
+
+def _nested_span(whole: str, headed: str, closed: str, content: str) -> Span | None:
+    # whole: the conversation. headed: up to the answer's header. closed: up to the answer's end. None where the
+    # answer's place in the whole is not certain.
     start = len(headed)
-    if headed == bare:
-        # This template writes no header when asked for one: either it has none, or the header is yet to come
-        # and everything before the answer's own text belongs to it.
-        found = closed.find(content.strip(), start)
-        return None if found < 0 else (found, len(closed))
-    return start, len(closed)
+    if not whole.startswith(headed) or not closed.startswith(headed):
+        return None
+    if whole.startswith(closed):
+        return start, len(closed)
+    # Templates of thinking models write an earlier answer without the thinking they put before a last one. The
+    # answer is still certain if its text and its ending follow the header.
+    for place in {closed.find(content, start), closed.rfind(content, start)} - {-1}:
+        if whole.startswith(closed[place:], start):
+            return start, start + len(closed) - place
+    return None
 
 
-def _encode_plain(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[list[int], list[bool]]]:
+def _encode_plain(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], list[bool]]]:
     if not rows:
         return
     if tokenizer.eos_token_id is None:

@@ -94,9 +94,7 @@ def read(
         raise UsageError(f"{source} is a folder; give one file of rows")
     if path.exists():
         if split != "train":
-            raise UsageError(
-                f"split '{split}' is for hub data sets, but {source} is a file; give that split's file"
-            )
+            raise UsageError(f"split '{split}' is for hub data sets, but {source} is a file; give that split's file")
         name = path.name
         container, records = _read_file(path, limit)
     else:

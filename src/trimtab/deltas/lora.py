@@ -61,6 +61,8 @@ class LoRA(Method):
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def at(self, path: str) -> LoRA:
+        if not self.patterns():
+            return self
         rank = first_match(self.rank_pattern, path, self.rank)
         alpha = first_match(self.alpha_pattern, path, self.alpha)
         return dataclasses.replace(self, rank=rank, alpha=alpha, rank_pattern={}, alpha_pattern={})

@@ -101,10 +101,13 @@ def _convert(gguf: Path, folder: Path, progress: Callable[[str], None]) -> None:
 def _write(gguf: Path, folder: Path) -> None:
     from safetensors import SafetensorError
 
+    from trimtab.models.quiet import quiet
+
     model, tokenizer = _read_gguf(gguf)
     try:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        with quiet():
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     except SafetensorError as error:
         number = errno.ENOSPC if "No space left" in str(error) else None
         raise _unwritable(folder, gguf, str(error), number) from error
@@ -189,6 +192,6 @@ def _unwritable(folder: Path, gguf: Path, reason: str, number: int | None) -> Us
     if number == errno.ENOSPC:
         need = f"; it takes up to {gguf.stat().st_size * 8 / 1e9:.1f} GB there"
     return UsageError(
-        f"cannot write the converted {gguf.name} under {folder.parent}: {reason}{need}; make room, or set TRIMTAB_CACHE "
-        f"to another folder"
+        f"cannot write the converted {gguf.name} under {folder.parent}: {reason}{need}; make room, or set "
+        f"TRIMTAB_CACHE to another folder"
     )

@@ -114,11 +114,10 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def _fetch(name: str, trust_remote_code: bool) -> Path:
-    known = ", ".join(EMBEDDED)
-    nowhere = f"no model '{name}': it is not an embedded one ({known}){did_you_mean(name, EMBEDDED)}, not a file or "
-    nowhere += "folder here"
+    nowhere = f"no model '{name}': it is no file or folder here, not an embedded model ({', '.join(EMBEDDED)})"
+    near = did_you_mean(name, EMBEDDED)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise UsageError(f"{nowhere}, and cannot be a hub id")
+        raise UsageError(f"{nowhere}, and cannot be a hub id{near}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -133,13 +132,13 @@ def _fetch(name: str, trust_remote_code: bool) -> Path:
     except GatedRepoError as error:
         raise UsageError(f"'{name}' asks for its terms to be accepted on the hub, and for a login: {error}") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise UsageError(f"{nowhere}, and not on the hub (or private: log in)") from error
+        raise UsageError(f"{nowhere}, and not on the hub (or private: log in){near}") from error
     except LocalEntryNotFoundError as error:
         raise UsageError(
-            f"{nowhere}, and cannot be had from the hub: a hub id needs a connection, or an earlier download"
+            f"{nowhere}, and cannot be had from the hub: a hub id needs a connection, or an earlier download{near}"
         ) from error
     except Exception as error:  # connection libraries raise their own
-        raise UsageError(f"{nowhere}, and the hub answered: {' '.join(str(error).split())[:200]}") from error
+        raise UsageError(f"{nowhere}, and the hub answered: {' '.join(str(error).split())[:200]}{near}") from error
 
 
 def _model(name: str, path: Path, dtype: torch.dtype | None, kind: Kind, trust_remote_code: bool) -> Any:

@@ -20,7 +20,7 @@ SAMPLES_OPEN = 8
 
 # How each known key of result.json is named and shown; all other keys are listed as they are.
 FIGURES = {
-    "seconds": ("Training time", duration),
+    "seconds": ("Time", duration),
     "real_tokens": ("Tokens seen, padding excluded", lambda value: f"{count(value)} tokens"),
     "supervised_tokens": ("Tokens supervised", lambda value: f"{count(value)} tokens"),
     "tokens_per_second": ("Speed", lambda value: f"{number(value)} tokens per second"),
@@ -126,53 +126,54 @@ def _title(run: RunFolder) -> str:
     model = str((run.result or {}).get("model", run.config.get("model", "an unnamed model")))
     # The last part of a path or hub id is the name people know; the rest is in the configuration.
     model = model.rstrip("/").rsplit("/", 1)[-1]
-    return f"{shown}, rank {rank}, on {model}" if rank is not None and name != "full" else f"{shown} on {model}"
+    return f"{shown}, rank {rank}, on {model}" if rank is not None and name.lower() != "full" else f"{shown} on {model}"
 
 
 def _summary(run: RunFolder) -> str:
     """What was trained and what it cost, in one sentence."""
     result = run.result or {}
-    known = {key: result.get(key, run.last(key)) for key in ("real_tokens", "supervised_tokens", "seconds")}
-    parts = []
+    known = {
+        key: run.last(key) if run.last(key) is not None else result.get(key)
+        for key in ("real_tokens", "supervised_tokens", "seconds")
+    }
+    parts = ""
     trainable, base = result.get("trainable_parameters"), result.get("base_parameters")
     if trainable is not None:
         share = f" ({ratio_percent(trainable / base)} of the {count(base)} frozen ones)" if base else ""
-        parts.append(f"{count(trainable)} trainable parameters{share}")
+        parts += f" {count(trainable)} parameters{share}"
     if run.last("step") is not None:
-        parts.append(f"{plain(run.last('step'))} optimizer steps")
+        parts += f" for {plain(run.last('step'))} optimizer steps"
     if known["real_tokens"] is not None:
         supervised = known["supervised_tokens"]
-        note = f", of which {count(supervised)} were supervised" if supervised is not None else ""
-        parts.append(f"{count(known['real_tokens'])} tokens{note}")
-    sentence = "Trained " + ", ".join(parts) if parts else "Nothing about the training was recorded"
-    sentence = sentence.replace("Trained ", "Trained on ", 1) if parts and trainable is None else sentence
-    return sentence + (f", in {duration(known['seconds'])}." if known["seconds"] is not None else ".")
+        note = f", of which {count(supervised)} were supervised," if supervised is not None else ""
+        parts += f" on {count(known['real_tokens'])} tokens{note}"
+    if known["seconds"] is not None:
+        parts += f" in {duration(known['seconds'])}"
+    return f"Trained{parts.rstrip(',')}." if parts else "Nothing about the training was recorded."
 
 
 def _tiles(run: RunFolder, measures: Sequence[Measure]) -> list[dict[str, str]]:
     """The headline figures: what was gained, what was forgotten, and whether the merge is faithful."""
     tiles = []
     for row in measures:
-        chance = f" · chance {row.show(row.chance)}" if row.chance is not None else ""
         tiles.append(
             {
                 "label": row.label,
                 "value": row.show(row.after),
                 "change": f"{row.show_difference()} from {row.show(row.before)}",
-                "note": f"95 % interval {row.show_interval(row.interval_after)}{chance}"
+                "note": f"95\N{NO-BREAK SPACE}% interval {row.show_interval(row.interval_after)}"
                 if row.interval_after
-                else f"no interval recorded{chance}",
+                else "no interval recorded",
+                "chance": f"chance {row.show(row.chance)}" if row.chance is not None else "",
             }
         )
-    steps, losses = run.series("step", "eval_loss")
-    if losses:
-        unit = "nats per supervised token"
-        change = f"from {number(losses[0])} at step {steps[0]:g}" if len(losses) > 1 else f"at step {steps[0]:g}"
-        tiles.append({"label": "Evaluation loss", "value": number(losses[-1]), "change": change, "note": unit})
-    elif run.last("loss") is not None:
-        change = f"at step {run.series('step', 'loss')[0][-1]:g}"
-        note = "nats per supervised token"
-        tiles.append({"label": "Training loss", "value": number(run.last("loss")), "change": change, "note": note})
+    for key, label in (("eval_loss", "Evaluation loss"), ("loss", "Training loss")):
+        steps, losses = run.series("step", key)
+        if losses:
+            start = f"from {number(losses[0])} at step {steps[0]:g}" if len(losses) > 1 else f"at step {steps[0]:g}"
+            note = "nats per supervised token"
+            tiles.append({"label": label, "value": number(losses[-1]), "change": start, "note": note, "chance": ""})
+            break
     return tiles
 
 
@@ -223,7 +224,7 @@ def _audit(run: RunFolder) -> dict[str, Any] | None:
     if run.audit.get("max_logit_difference") is not None:
         facts.append(("Largest logit difference", number(run.audit["max_logit_difference"])))
     if run.audit.get("greedy_agreement") is not None:
-        facts.append(("Greedy tokens that agree", percent(run.audit["greedy_agreement"], 2)))
+        facts.append(("Greedy tokens that agree", _share(run.audit["greedy_agreement"])))
     if probes is not None:
         facts.append(("Probe prompts", f"{len(probes) if isinstance(probes, list) else plain(probes)}"))
     for key, label, worst in (
@@ -243,8 +244,11 @@ def _audit(run: RunFolder) -> dict[str, Any] | None:
 
 
 def _share(value: float) -> str:
-    """A share that is often almost nothing or almost all: three digits where small, else two decimals."""
-    return ratio_percent(value) if abs(value) < 0.01 else percent(value, 2)
+    """A share that is often almost nothing or almost all: neither may round to none or to all."""
+    if abs(value) < 0.01:
+        return ratio_percent(value)
+    shown = percent(value, 2)
+    return f"{100 * value:.9g}\N{NO-BREAK SPACE}%" if shown.startswith("100.00") and value != 1 else shown
 
 
 def _audit_row(row: Mapping[str, Any]) -> dict[str, str]:
@@ -267,7 +271,9 @@ def _figures(result: Mapping[str, Any], measures: Sequence[Measure]) -> list[tup
         else:
             rows.append((key.replace("_", " ").capitalize(), plain(value)))
     return rows + [
-        (f"{row.label}: {key.replace('_', ' ')}", plain(value)) for row in measures for key, value in row.further.items()
+        (f"{row.label}: {key.replace('_', ' ')}", plain(value))
+        for row in measures
+        for key, value in row.further.items()
     ]
 
 

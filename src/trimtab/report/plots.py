@@ -38,6 +38,7 @@ def curves(run: RunFolder) -> str:
     ]
 
     def paint(figure: Any) -> None:
+        figure.get_layout_engine().set(hspace=0.1, wspace=0.06)
         grid = figure.add_gridspec(2 if below else 1, max(1, len(below)), height_ratios=[2.1, 1] if below else [1])
         top = figure.add_subplot(grid[0, :])
         _paint_loss(top, run)
@@ -47,6 +48,7 @@ def curves(run: RunFolder) -> str:
             axes.set_title(title)
             axes.set_ylim(bottom=0)
             axes.set_xlabel("optimizer step")
+            axes.margins(x=0.01)
             axes.locator_params(axis="y", nbins=4)
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}".replace("e-0", "e-"))
         if not below:
@@ -126,7 +128,7 @@ def _paint_measure(axes: Any, row: Measure, index: int, limit: float) -> None:
             for end in interval:
                 axes.plot((end, end), (place - 0.06, place + 0.06), color=INK, linewidth=1.1)
         end = max(value, interval[1] if interval else value)
-        text = f"{row.show(value)}  {word}"
+        text = f"{word} {row.show(value)}"
         axes.text(end + limit * 0.012, place, text, va="center", ha="left", fontsize=8.5, color=INK)
     if row.chance is not None:
         axes.plot((row.chance, row.chance), (index - 0.36, index + 0.36), color=SECOND, linewidth=1.5, ls=(0, (3, 2)))

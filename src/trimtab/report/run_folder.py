@@ -98,7 +98,9 @@ def _read_json(path: Path) -> Any:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise FormatError(f"{path} line {error.lineno} is not JSON ({error.msg}); restore or delete the file") from error
+        raise FormatError(
+            f"{path} line {error.lineno} is not JSON ({error.msg}); restore or delete the file"
+        ) from error
     except RecursionError as error:
         raise FormatError(f"{path} is nested too deeply to be a file of a run; restore or delete the file") from error
     if value is None:

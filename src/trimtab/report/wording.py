@@ -44,12 +44,12 @@ def count(value: float) -> str:
 
 def percent(share: float, digits: int = 1) -> str:
     """A share of 1 in percent, with fixed decimals: 9.2 %."""
-    return f"{100 * share:.{digits}f} %".replace("-", "−") if math.isfinite(share) else number(share)
+    return f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%".replace("-", "−") if math.isfinite(share) else number(share)
 
 
 def ratio_percent(ratio: float) -> str:
     """A ratio in percent to three significant digits: 0.482 %."""
-    return f"{number(100 * ratio)} %"
+    return f"{number(100 * ratio)}\N{NO-BREAK SPACE}%"
 
 
 def duration(seconds: float) -> str:
@@ -107,7 +107,9 @@ class Measure:
     def show_interval(self, interval: tuple[float, float] | None) -> str:
         if interval is None:
             return "no interval recorded"
-        return f"{self.show(interval[0])} to {self.show(interval[1])}"
+        low = self.show(interval[0])
+        # The unit stands once, after the upper end.
+        return f"{low.removesuffix('\N{NO-BREAK SPACE}%')} to {self.show(interval[1])}"
 
     def show_difference(self) -> str:
         difference = self.after - self.before
@@ -122,6 +124,10 @@ class Measure:
             return "no intervals to judge the difference by"
         (low, high), (other_low, other_high) = self.interval_before, self.interval_after
         return "the intervals overlap" if low <= other_high and other_low <= high else "the intervals do not overlap"
+
+    @property
+    def has_flat_interval(self) -> bool:
+        return any(interval and interval[0] == interval[1] for interval in (self.interval_before, self.interval_after))
 
     def sentence(self) -> str:
         """From what to what, with intervals and the chance level."""
