@@ -86,10 +86,14 @@ class Adapter:
         """Write a `state_dict` back in place. UsageError when names or shapes differ."""
         own = self.state_dict()
         for key in [*(own.keys() - state.keys()), *(state.keys() - own.keys())][:1]:
-            raise UsageError(f"the saved state {'lacks' if key in own else 'has a foreign'} '{key}'{did_you_mean(key, own)}")
+            raise UsageError(
+                f"the saved state {'lacks' if key in own else 'has a foreign'} '{key}'{did_you_mean(key, own)}"
+            )
         for key, tensor in own.items():
             if tensor.shape != state[key].shape:
-                raise UsageError(f"'{key}' is {list(state[key].shape)} in the saved state, but {list(tensor.shape)} here")
+                raise UsageError(
+                    f"'{key}' is {list(state[key].shape)} in the saved state, but {list(tensor.shape)} here"
+                )
         with torch.no_grad():
             for key, tensor in own.items():
                 tensor.copy_(state[key])
@@ -143,7 +147,9 @@ class _Switched:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         set_active(self.model, tuple(n for n in self.before if n in state_of(self.model).adapters))
 
 
@@ -174,7 +180,9 @@ def _check(model: nn.Module, names: Sequence[str | None]) -> None:
     known = adapters(model)
     for name in names:
         if name is not None and name not in known:
-            raise UsageError(f"no adapter '{name}' on this model{did_you_mean(name, known)} (there are: {', '.join(known)})")
+            raise UsageError(
+                f"no adapter '{name}' on this model{did_you_mean(name, known)} (there are: {', '.join(known)})"
+            )
 
 
 def adapted_modules(model: nn.Module) -> list[Adapted]:
@@ -213,7 +221,9 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
         raise UsageError("rows() needs one name for each row of the batch, but was given none")
     state = state_of(model)
     if state.merged is not None:
-        raise UsageError(f"adapter '{state.merged.names[0]}' is merged into the weights: unmerge it before using rows()")
+        raise UsageError(
+            f"adapter '{state.merged.names[0]}' is merged into the weights: unmerge it before using rows()"
+        )
     routes: Routes = tuple(
         (name, torch.tensor([i for i, n in enumerate(names) if n == name])) for name in dict.fromkeys(names)
     )

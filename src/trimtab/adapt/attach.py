@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from trimtab.adapt.adapter import STATE, Adapter, ModelState, frozen_norm_class, set_active
 from trimtab.adapt.module import Copies, FrozenStatistics, put, subclass
 from trimtab.adapt.select import Placement, Site, choose, shared_parameters
-from trimtab.deltas.delta import Delta, Sliced, slice_layout
+from trimtab.deltas.delta import Delta
+from trimtab.deltas.layout import slice_layout
 from trimtab.deltas.method import Method
+from trimtab.deltas.sliced import Sliced
 from trimtab.errors import UsageError
 from trimtab.patterns import matches
 
@@ -54,7 +56,7 @@ def attach(
         raise UsageError("every target is among the extra modules, which are trained whole already")
     _check_patterns(method, placement, sites)
     generator = torch.Generator().manual_seed(seed)
-    deltas = {site.path: (site.module, _delta(method, placement, site, generator)) for site in sites}
+    deltas = {site.path: (site.module, fresh_delta(method, placement, site, generator)) for site in sites}
     copied = _copied_names(model, placement, deltas, extra)
     install(adapter, deltas, _make_copies(model, copied), dtype)
     count, base = sum(p.numel() for p in adapter.parameters()), sum(p.numel() for p in model.parameters())
@@ -65,15 +67,20 @@ def attach(
 def check_name(model: nn.Module, name: str) -> None:
     """Refuse a name that is taken, or that cannot be a part of a state-dict key."""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
-        raise UsageError(f"adapter name '{name}' cannot be used: take letters, digits, - and _, and no word of Python's dict")
+        raise UsageError(
+            f"adapter name '{name}' cannot be used: take letters, digits, - and _, and no word of Python's dict"
+        )
     state: ModelState | None = getattr(model, STATE, None)
     if state is not None and name in state.adapters:
         raise UsageError(f"the model already has an adapter '{name}': choose another name, or remove that one first")
     if state is not None and state.merged is not None:
-        raise UsageError(f"adapter '{state.merged.names[0]}' is merged into the weights: unmerge it before adding another")
+        raise UsageError(
+            f"adapter '{state.merged.names[0]}' is merged into the weights: unmerge it before adding another"
+        )
 
 
-def _delta(method: Method, placement: Placement, site: Site, generator: torch.Generator) -> Delta:
+def fresh_delta(method: Method, placement: Placement, site: Site, generator: torch.Generator) -> Delta:
+    """The delta of one site as the placement has it, in fp32 on the CPU. UsageError names the module."""
     resolved = method.at(site.path)
     weight: Tensor = site.module.weight  # type: ignore[assignment]
     flags = next((f for p, f in placement.slices.items() if matches(p, site.path)), None)
@@ -91,7 +98,9 @@ def _sliced(method: Method, flags: tuple[bool, ...], site: Site, generator: torc
     if layout.kind not in ("linear", "conv1d-transposed"):
         raise UsageError(f"slices are for linear layers, and this is a {layout.kind}")
     if not any(flags) or layout.out_features % len(flags):
-        raise UsageError(f"{layout.out_features} rows cannot be cut into {len(flags)} equal parts with at least one chosen")
+        raise UsageError(
+            f"{layout.out_features} rows cannot be cut into {len(flags)} equal parts with at least one chosen"
+        )
     size = layout.out_features // len(flags)
     ranges = tuple((i * size, (i + 1) * size) for i, chosen in enumerate(flags) if chosen)
     matrix = layout.matrix(weight.detach())  # type: ignore[operator,arg-type]
@@ -103,7 +112,9 @@ def _check_patterns(method: Method, placement: Placement, sites: list[Site]) -> 
     for pattern in (*method.patterns(), *placement.slices):
         if not any(matches(pattern, site.path) for site in sites):
             names = sorted({s.path.rpartition(".")[2] for s in sites})
-            raise UsageError(f"pattern '{pattern}' matches none of the {len(sites)} chosen modules ({', '.join(names[:8])})")
+            raise UsageError(
+                f"pattern '{pattern}' matches none of the {len(sites)} chosen modules ({', '.join(names[:8])})"
+            )
 
 
 def _extra(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
@@ -144,9 +155,7 @@ def _copied_names(
     return chosen
 
 
-def _make_copies(
-    model: nn.Module, copied: dict[tuple[str, str], nn.Module]
-) -> dict[str, tuple[nn.Module, Copies]]:
+def _make_copies(model: nn.Module, copied: dict[tuple[str, str], nn.Module]) -> dict[str, tuple[nn.Module, Copies]]:
     clones: dict[int, nn.Parameter | Tensor] = {}
     parameters: dict[str, dict[str, nn.Parameter]] = {}
     buffers: dict[str, dict[str, Tensor]] = {}

@@ -66,7 +66,9 @@ class MergeAudit:
         """One line with the figures that decide whether to trust the merge."""
         if not self.layers:
             return f"merged into {self.dtype}: trained copies only"
-        mean = {f: sum(getattr(x, f) for x in self.layers) / len(self.layers) for f in ("unchanged_share", "error_share")}
+        mean = {
+            f: sum(getattr(x, f) for x in self.layers) / len(self.layers) for f in ("unchanged_share", "error_share")
+        }
         changes = sorted(x.relative_change for x in self.layers)
         text = (
             f"merged {len(self.layers)} weights into {self.dtype}: ‖ΔW‖/‖W‖ median {changes[len(changes) // 2]:.2%}, "
@@ -219,8 +221,13 @@ def _replace(merged: Merged, module: nn.Module, name: str, tensor: Tensor) -> No
 
 
 def _cast_rest(model: nn.Module, merged: Merged, dtype: torch.dtype, done: set[tuple[int, str]]) -> None:
-    own = {id(m) for adapter in adapters(model).values() for part in (adapter.deltas, adapter.copies)
-           for root in cast("Mapping[str, nn.Module]", part).values() for m in root.modules()}
+    own = {
+        id(m)
+        for adapter in adapters(model).values()
+        for part in (adapter.deltas, adapter.copies)
+        for root in cast("Mapping[str, nn.Module]", part).values()
+        for m in root.modules()
+    }
     cast_once: dict[int, Any] = {}
     for module in model.modules():
         if id(module) in own:
@@ -232,7 +239,9 @@ def _cast_rest(model: nn.Module, merged: Merged, dtype: torch.dtype, done: set[t
             merged.originals.append((module, name, tensor))
             if id(tensor) not in cast_once:  # tied tensors stay tied
                 wide = tensor.detach().to(dtype)
-                cast_once[id(tensor)] = nn.Parameter(wide, requires_grad=False) if holder is module._parameters else wide
+                cast_once[id(tensor)] = (
+                    nn.Parameter(wide, requires_grad=False) if holder is module._parameters else wide
+                )
             holder[name] = cast_once[id(tensor)]
 
 

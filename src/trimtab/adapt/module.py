@@ -112,7 +112,9 @@ class FrozenStatistics:
 @functools.cache
 def subclass(base: type[nn.Module], mixin: type) -> type[nn.Module]:
     """The class `base` with `mixin` before it."""
-    return type(f"{mixin.__name__}{base.__name__}", (mixin, base), {"__module__": base.__module__, "original_class": base})
+    return type(
+        f"{mixin.__name__}{base.__name__}", (mixin, base), {"__module__": base.__module__, "original_class": base}
+    )
 
 
 def _empty(base: type[nn.Module], mixin: type = Adapted) -> nn.Module:

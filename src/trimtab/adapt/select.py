@@ -54,7 +54,9 @@ def adaptable(model: nn.Module) -> tuple[dict[str, Site], dict[str, str]]:
         if module in unseen:
             refused[path] = f"is inside {unseen[module]}, which reads its weight without calling it"
         elif layout is None:
-            refused[path] = f"is a {original_class(module).__name__}, which is not a linear, convolution or embedding layer"
+            refused[path] = (
+                f"is a {original_class(module).__name__}, which is not a linear, convolution or embedding layer"
+            )
         elif not module.weight.is_floating_point():  # type: ignore[operator,union-attr]
             refused[path] = f"holds {module.weight.dtype} numbers: load the model in a floating-point dtype"
         else:
@@ -83,7 +85,9 @@ def choose(model: nn.Module, targets: Sequence[str], exclude: Sequence[str] = ()
     for pattern in exclude:
         out = [p for p in chosen if matches(pattern, p)]
         if not out:
-            raise UsageError(f"exclude '{pattern}' takes out none of the {len(chosen)} chosen modules{_near(pattern, chosen)}")
+            raise UsageError(
+                f"exclude '{pattern}' takes out none of the {len(chosen)} chosen modules{_near(pattern, chosen)}"
+            )
         chosen.difference_update(out)
     if not chosen:
         raise UsageError("the targets and exclusions leave no module to adapt")

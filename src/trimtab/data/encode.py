@@ -187,9 +187,9 @@ def _render_nested(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, wher
         span = _nested_span(texts[i], start + unasked, closed.get((i, k), texts[i]), rows[i].turns[k].content)
         if span is None:
             raise UsageError(
-                f"the chat template writes turn {k + 1} of {where} {rows[i].number} differently when asked for an answer "
-                "or when more turns follow, so what to learn from cannot be told; mark the assistant's text in the "
-                "template with {% generation %} and {% endgeneration %}, or give each row one answer"
+                f"the chat template writes turn {k + 1} of {where} {rows[i].number} differently when asked for an "
+                "answer or when more turns follow, so what to learn from cannot be told; mark the assistant's text in "
+                "the template with {% generation %} and {% endgeneration %}, or give each row one answer"
             )
         spans[i].append(span)
     return list(zip(texts, spans, strict=True))
@@ -203,7 +203,9 @@ def _unasked_header(prompt: Sequence[Turn], render: Callable[..., list[str]]) ->
         return ""
     marker = "answer\u2042here"
     (closed,) = render([[*prompt, Turn("assistant", marker)]], [0])
-    return closed[len(bare) : closed.index(marker)] if closed.startswith(bare) and marker in closed else ""
+    if not closed.startswith(bare) or marker not in closed:
+        raise UsageError("the chat template does not write an answer behind its question, so it cannot be learned from")
+    return closed[len(bare) : closed.index(marker)]
 
 
 def _nested_span(whole: str, headed: str, closed: str, content: str) -> Span | None:
@@ -230,19 +232,17 @@ def _encode_plain(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> It
             "the tokenizer has no end-of-sequence token, so a model could not learn to stop; set tokenizer.eos_token"
         )
     texts = [row.text if row.text is not None else "".join(turn.content for turn in row.turns) for row in rows]
+    prompts = [row.turns[0].content if row.turns else "" for row in rows]
     encoded = tokenizer(texts, return_attention_mask=False)
-    for row, encoding in zip(rows, encoded.encodings, strict=True):
+    alone = tokenizer(prompts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    for row, encoding, prompt in zip(rows, encoded.encodings, alone, strict=True):
         ids, lead = _without_second_bos(encoding.ids, _leading_specials(encoding), tokenizer)
-        dropped = len(encoding.ids) - len(ids)
         first = 1
-        if row.text is None:
-            boundary = len(row.turns[0].content)
-            first = _boundary_token(encoding, boundary) - dropped
-            crossing = first < len(ids) and encoding.offsets[first + dropped][0] < boundary
-            if crossing:
-                # A token that joins both texts would not be there when the model is given the prompt alone.
-                prompt, answer = (_ids(tokenizer, turn.content) for turn in row.turns)
-                ids, first = [*ids[:lead], *prompt, *answer], lead + len(prompt)
+        if row.turns:
+            first = lead + len(prompt)
+            if ids[lead:first] != prompt:
+                # The model is given the prompt alone later, without a token that joins it to the answer.
+                ids = [*ids[:lead], *prompt, *_ids(tokenizer, row.turns[1].content)]
         if ids[-1:] != [tokenizer.eos_token_id]:
             ids = [*ids, tokenizer.eos_token_id]
         yield ids, [i >= first for i in range(len(ids))]
@@ -257,12 +257,6 @@ def _without_second_bos(ids: list[int], lead: int, tokenizer: PreTrainedTokenize
     # The tokenizer adds its token in front of a text that already begins with it.
     doubled = tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2
     return (ids[1:], max(lead - 1, 0)) if doubled else (ids, lead)
-
-
-def _boundary_token(encoding: Any, boundary: int) -> int:
-    # The first token with a character at or behind the boundary; special tokens that the tokenizer adds have none.
-    tokens = zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
-    return next((i for i, ((_, end), mark) in enumerate(tokens) if not mark and end > boundary), len(encoding.ids))
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -94,6 +94,7 @@ def inspect(
     tokens = sum(len(e.input_ids) for e in examples)
     special = special_ids(tokenizer)
     ends = [_ends_with_mark(e, special) for e in examples]
+    conversations = any(row.turns for row in source.rows)
     found = Inspection(
         source=source.describe(),
         rows=len(source.rows),
@@ -117,7 +118,9 @@ def inspect(
         errors=(),
         warnings=(),
     )
-    return dataclasses.replace(found, errors=tuple(_errors(found, any(ends))), warnings=tuple(_warnings(found)))
+    return dataclasses.replace(
+        found, errors=tuple(_errors(found, any(ends) or not conversations)), warnings=tuple(_warnings(found))
+    )
 
 
 def overlap(source: Source, against: Source) -> Overlap:
@@ -213,10 +216,11 @@ def _errors(found: Inspection, any_end: bool) -> Iterable[str]:
 
 
 def _warnings(found: Inspection) -> Iterable[str]:
-    if found.overlap is not None and found.overlap.same_words:
+    known = found.overlap
+    if known is not None and known.same_words:
         yield (
-            f"contamination: {found.overlap.same_words:,} of the {found.overlap.rows:,} rows of {found.overlap.against} "
-            f"({found.overlap.share:.0%}) stand in the training data; a score on it is void until they are removed"
+            f"contamination: {known.same_words:,} of the {known.rows:,} rows of {known.against} ({known.share:.0%}) "
+            "stand in the training data; a score on them is void until they are removed"
         )
     if found.answers_cut:
         yield (

@@ -8,11 +8,13 @@ same map, each method in its own fast way, and must agree with it.
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
-from trimtab.deltas.layout import Layout, LinearLayout
+from trimtab.deltas.layout import Layout
 from trimtab.deltas.method import Method
+from trimtab.errors import FormatError
 
 
 class Delta(nn.Module):
@@ -47,55 +49,25 @@ class Delta(nn.Module):
     def after_step(self, step: int, weight: Tensor) -> None:
         """Called by the loop once per optimizer step, after it; never inside forward."""
 
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors of an adapter file for this weight, by their names below the module's path."""
+        return {f"{self.method.name}.{key}": tensor for key, tensor in self.state_dict().items()}
 
-class Sliced(Delta):
-    """One method on some row ranges of a fused projection, the other rows untouched (loralib's MergedLinear).
+    def restore(self, stored: Mapping[str, Tensor]) -> None:
+        """Take the tensors of an adapter file; the inverse of `stored`. FormatError when they do not fit."""
+        mark = f"{self.method.name}."
+        fill(dict(self.state_dict(keep_vars=True)), {k.removeprefix(mark): t for k, t in stored.items()})
 
-    Each range is adapted as a linear layer of its own. parts: one delta per range; ranges: (start, stop) rows of
-    the matrix [out, in], ascending and disjoint.
-    """
-
-    def __init__(self, parts: list[Delta], ranges: tuple[tuple[int, int], ...], layout: Layout) -> None:
-        super().__init__(parts[0].method, layout)
-        self.parts = nn.ModuleList(parts)
-        self.ranges = ranges
-
-    def _each(self, weight: Tensor) -> list[tuple[Delta, Tensor, int, int]]:
-        matrix = self.layout.matrix(weight)
-        return [(p, matrix[a:b], a, b) for p, (a, b) in zip(self.parts, self.ranges, strict=True)]  # type: ignore[misc]
-
-    def weight_change(self, weight: Tensor) -> Tensor:
-        rows, at = [], 0
-        for part, own, start, stop in self._each(weight):
-            rows += [own.new_zeros(start - at, own.shape[1], dtype=torch.float32), part.weight_change(own)]
-            at = stop
-        rows.append(rows[-1].new_zeros(self.layout.out_features - at, self.layout.in_features))
-        return torch.cat(rows)
-
-    def factors(self) -> tuple[Tensor, Tensor] | None:
-        pairs = [part.factors() for part in self.parts]  # type: ignore[operator]
-        if any(pair is None for pair in pairs):
-            return None
-        B = torch.block_diag(*[pair[0] for pair in pairs])
-        rows = torch.cat([torch.arange(a, b, device=B.device) for a, b in self.ranges])
-        return B.new_zeros(self.layout.out_features, B.shape[1]).index_copy(0, rows, B), torch.cat([p[1] for p in pairs])
-
-    def branch(self, x: Tensor, weight: Tensor) -> Tensor:
-        pieces, at = [], 0
-        for part, own, start, stop in self._each(weight):
-            pieces += [x.new_zeros(*x.shape[:-1], start - at), part.branch(x, own)]
-            at = stop
-        pieces.append(x.new_zeros(*x.shape[:-1], self.layout.out_features - at))
-        return torch.cat(pieces, dim=-1)
-
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self.layout.base(x, weight, bias) + self.branch(x, weight)
-
-    def after_step(self, step: int, weight: Tensor) -> None:
-        for part, own, _, _ in self._each(weight):
-            part.after_step(step, own)
+    def rank_and_alpha(self) -> tuple[int, float] | None:
+        """(rank, alpha) as an adapter file names them, for methods that have them."""
+        return None
 
 
-def slice_layout(layout: Layout, start: int, stop: int) -> Layout:
-    """The layout of rows start..stop of a fused projection: a linear layer of its own."""
-    return LinearLayout(stop - start, layout.in_features)
+def fill(own: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
+    """Give each tensor of `own` the values and dtype of the stored one. FormatError names the first that does not fit."""
+    for name, tensor in own.items():
+        if name not in stored:
+            raise FormatError(f"the file lacks '{name}'")
+        if stored[name].shape != tensor.shape:
+            raise FormatError(f"'{name}' is {list(stored[name].shape)} in the file, but {list(tensor.shape)} here")
+        tensor.data = stored[name].clone()

@@ -128,6 +128,11 @@ class ConvLayout(Layout):
         return conv(h, B.reshape(*B.shape, *[1] * self.dimensions), groups=self.groups)  # type: ignore[no-any-return]
 
 
+def slice_layout(layout: Layout, start: int, stop: int) -> Layout:
+    """The layout of rows start..stop of a fused projection: a linear layer of its own."""
+    return LinearLayout(stop - start, layout.in_features)
+
+
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module, or of what it was before it was adapted."""
     return getattr(type(module), "original_class", type(module))

@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trimtab.deltas.delta import Delta
-from trimtab.deltas.layout import Layout
+from trimtab.deltas.delta import Delta, fill
+from trimtab.deltas.layout import ConvLayout, EmbeddingLayout, Layout
 from trimtab.deltas.method import Method, positive
-from trimtab.errors import UsageError
+from trimtab.errors import FormatError, UsageError
 from trimtab.options import option
 from trimtab.patterns import first_match
 
@@ -30,7 +30,8 @@ class LoRA(Method):
     name: ClassVar[str] = "lora"
     formula: ClassVar[str] = "h = W x + (α/r) B A x"
     paper: ClassVar[str] = "Hu et al. 2021, arXiv 2106.09685"
-    shape_fields: ClassVar[tuple[str, ...]] = ("rank",)
+    peft_type: ClassVar[str | None] = "LORA"
+    stored_names: ClassVar[str] = r"lora_(?:embedding_)?[AB](?:\.[\w-]+)?"
 
     rank: int = option(16, "rank r of the change of each weight")
     alpha: float = option(32.0, "scale: the change is (alpha/r) B A")
@@ -47,7 +48,10 @@ class LoRA(Method):
         for name, rank in [("rank", self.rank), *((f"rank_pattern[{k}]", v) for k, v in self.rank_pattern.items())]:
             if not isinstance(rank, int) or rank < 1:
                 found.append(f"{name} is {rank}, but must be a whole number of at least 1")
-        for name, alpha in [("alpha", self.alpha), *((f"alpha_pattern[{k}]", v) for k, v in self.alpha_pattern.items())]:
+        for name, alpha in [
+            ("alpha", self.alpha),
+            *((f"alpha_pattern[{k}]", v) for k, v in self.alpha_pattern.items()),
+        ]:
             found += positive(name, alpha)
         if not 0.0 <= self.dropout < 1.0:
             found.append(f"dropout is {self.dropout}, but must be at least 0 and below 1")
@@ -69,6 +73,26 @@ class LoRA(Method):
 
     def patterns(self) -> tuple[str, ...]:
         return (*self.rank_pattern, *self.alpha_pattern)
+
+    def peft_config(self) -> dict[str, Any]:
+        return {
+            "lora_dropout": self.dropout,
+            "use_rslora": self.rslora,
+            "init_lora_weights": "gaussian" if self.init == "gaussian" else True,
+        }
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> LoRA:
+        refuse_unknown(config, PEFT_NEUTRAL)
+        patterns = {k: {_peft_pattern(p): v for p, v in (config.get(k) or {}).items()} for k in PEFT_PATTERNS}
+        return cls(
+            rank=config.get("r", 8),
+            alpha=float(config.get("lora_alpha", 8)),
+            dropout=float(config.get("lora_dropout", 0.0)),
+            init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
+            rslora=bool(config.get("use_rslora", False)),
+            **patterns,
+        )
 
     def delta(self, layout: Layout, weight: Tensor, generator: torch.Generator) -> LoRADelta:
         smaller = min(layout.out_features, layout.in_features)
@@ -99,6 +123,20 @@ class LoRADelta(Delta):
         self.B = nn.Parameter(B)
         self.scale = method.scale
 
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """(A, B) as they are trained, without the scale."""
+        return self.A, self.B
+
+    def stored(self) -> dict[str, Tensor]:
+        return stored_pair(self.layout, self.A, self.B)
+
+    def restore(self, stored: Mapping[str, Tensor]) -> None:
+        A, B = restored_pair(self.layout, stored)
+        fill({"A": self.A, "B": self.B}, {"A": A, "B": B})
+
+    def rank_and_alpha(self) -> tuple[int, float]:
+        return self.method.rank, self.method.alpha
+
     def weight_change(self, weight: Tensor) -> Tensor:
         return self.scale * (self.B.float() @ self.A.float())
 
@@ -114,3 +152,57 @@ class LoRADelta(Delta):
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self.layout.base(x, weight, bias) + self.branch(x, weight)
+
+
+PEFT_PATTERNS = ("rank_pattern", "alpha_pattern")
+PEFT_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "use_dora": (False,),
+    "lora_bias": (False,),
+    "use_qalora": (False,),
+    "layer_replication": (None,),
+    "trainable_token_indices": (None,),
+    "target_parameters": (None, []),
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "velora_config": (None,),
+    "use_bdlora": (None, False),
+    "megatron_config": (None,),
+}
+"""Features of a PEFT LoRA that change its map and that trimtab does not have, with the values that leave it alone."""
+
+
+def refuse_unknown(config: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]]) -> None:
+    """UsageError naming every feature of a PEFT configuration that is on and not supported."""
+    wrong = [f"{key}={config[key]!r}" for key, off in neutral.items() if key in config and config[key] not in off]
+    if wrong:
+        raise UsageError(f"the adapter uses what trimtab does not have: {', '.join(wrong)}")
+
+
+def _peft_pattern(pattern: str) -> str:
+    """PEFT's pattern keys are regular expressions for the end of a path, from a dot on."""
+    return f"re:(?:.*\\.)?(?:{pattern})"
+
+
+def stored_pair(layout: Layout, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    """A [r, in] and B [out, r] under PEFT's names and in PEFT's shapes for this kind of module."""
+    if isinstance(layout, EmbeddingLayout):
+        return {"lora_embedding_A": A, "lora_embedding_B": B}
+    if isinstance(layout, ConvLayout):
+        ones = [1] * layout.dimensions
+        A, B = A.reshape(A.shape[0], -1, *layout.kernel), B.reshape(*B.shape, *ones)
+    return {"lora_A.weight": A, "lora_B.weight": B}
+
+
+def restored_pair(layout: Layout, stored: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(A [r, in], B [out, r]) from PEFT's names; an adapter's name within them is tolerated, such files exist."""
+    embedding = isinstance(layout, EmbeddingLayout)
+    found: dict[str, Tensor] = {}
+    for name, tensor in stored.items():
+        head, _, tail = name.partition(".")
+        if head in (("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")) and tail != "bias":
+            found[head[-1]] = tensor
+    if sorted(found) != ["A", "B"] or len(stored) != 2:
+        raise FormatError(f"the file has {sorted(stored)} here, but a {layout.kind} needs one A and one B")
+    return found["A"].flatten(1), found["B"].flatten(1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trimtab.errors import problems_to_error
@@ -30,8 +31,10 @@ class Method:
     """The adapted map in one line, in the paper's symbols."""
     paper: ClassVar[str]
     """Where it comes from."""
-    shape_fields: ClassVar[tuple[str, ...]] = ()
-    """Fields that a module of another shape may need otherwise, such as rank; see `at`."""
+    peft_type: ClassVar[str | None] = None
+    """PEFT's name for it, when its adapters are saved as PEFT's own; None for a type of trimtab's."""
+    stored_names: ClassVar[str] = ""
+    """Regular expression of its tensors' names below the module's path; by default `<name>.` and anything."""
 
     def __post_init__(self) -> None:
         problems_to_error(self.problems(), f"{type(self).__name__}")
@@ -47,6 +50,15 @@ class Method:
     def patterns(self) -> tuple[str, ...]:
         """Module patterns that fields of this method use; each must match a chosen module."""
         return ()
+
+    def peft_config(self) -> dict[str, Any]:
+        """The method's own keys of adapter_config.json, rank and alpha excepted (the deltas say those)."""
+        return {}
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> Method:
+        """The method an adapter_config.json describes. UsageError names a feature trimtab does not have."""
+        raise NotImplementedError
 
     def delta(self, layout: Layout, weight: Tensor, generator: torch.Generator) -> Delta:
         """A fresh delta for one weight, in fp32 on the CPU. `generator` makes every random draw."""

@@ -6,7 +6,6 @@ import importlib.resources
 import math
 import os
 import statistics
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from trimtab.errors import UsageError
 from trimtab.report import plots, wording
 from trimtab.report.run_folder import METRIC_KEYS, RunFolder, read_run
-from trimtab.report.wording import Measure, count, duration, mebibytes, number, percent, plain, ratio_percent
+from trimtab.report.wording import PERCENT, Measure, count, duration, mebibytes, number, percent, plain, ratio_percent
 
 SAMPLES_OPEN = 8
 
@@ -51,22 +50,14 @@ def write_report(run: Path, *, out: Path | None = None) -> Path:
 def _replace(target: Path, page: str) -> None:
     if target.is_dir():
         raise UsageError(f"cannot write the report to {target}: it is a folder; name a file, such as report.html")
-    temporary = None
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=".report-", suffix=".html", dir=target.parent)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(page)
-        # mkstemp makes a file for its owner only; a report is to be passed on.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
+        temporary.write_text(page, encoding="utf-8")
         os.replace(temporary, target)
-        temporary = None
     except OSError as error:
         raise UsageError(f"cannot write the report to {target}: {error.strerror}; choose another place") from error
     finally:
-        if temporary is not None:
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
 
 
 def render(run: RunFolder) -> str:
@@ -132,10 +123,9 @@ def _title(run: RunFolder) -> str:
 def _summary(run: RunFolder) -> str:
     """What was trained and what it cost, in one sentence."""
     result = run.result or {}
-    known = {
-        key: run.last(key) if run.last(key) is not None else result.get(key)
-        for key in ("real_tokens", "supervised_tokens", "seconds")
-    }
+    # The last row of training counts training alone; result.json may count what came after it too.
+    known = {key: result.get(key) for key in ("real_tokens", "supervised_tokens", "seconds")}
+    known |= {key: run.last(key) for key in known if run.last(key) is not None}
     parts = ""
     trainable, base = result.get("trainable_parameters"), result.get("base_parameters")
     if trainable is not None:
@@ -161,7 +151,7 @@ def _tiles(run: RunFolder, measures: Sequence[Measure]) -> list[dict[str, str]]:
                 "label": row.label,
                 "value": row.show(row.after),
                 "change": f"{row.show_difference()} from {row.show(row.before)}",
-                "note": f"95\N{NO-BREAK SPACE}% interval {row.show_interval(row.interval_after)}"
+                "note": f"95{PERCENT} interval {row.show_interval(row.interval_after)}"
                 if row.interval_after
                 else "no interval recorded",
                 "chance": f"chance {row.show(row.chance)}" if row.chance is not None else "",
@@ -248,7 +238,7 @@ def _share(value: float) -> str:
     if abs(value) < 0.01:
         return ratio_percent(value)
     shown = percent(value, 2)
-    return f"{100 * value:.9g}\N{NO-BREAK SPACE}%" if shown.startswith("100.00") and value != 1 else shown
+    return f"{100 * value:.9g}{PERCENT}" if shown.startswith("100.00") and value != 1 else shown
 
 
 def _audit_row(row: Mapping[str, Any]) -> dict[str, str]:
@@ -270,11 +260,8 @@ def _figures(result: Mapping[str, Any], measures: Sequence[Measure]) -> list[tup
             rows.append((label, show(value)))
         else:
             rows.append((key.replace("_", " ").capitalize(), plain(value)))
-    return rows + [
-        (f"{row.label}: {key.replace('_', ' ')}", plain(value))
-        for row in measures
-        for key, value in row.further.items()
-    ]
+    further = [(row.label, key.replace("_", " "), value) for row in measures for key, value in row.further.items()]
+    return rows + [(f"{label}: {key}", plain(value)) for label, key, value in further]
 
 
 def _environment(result: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -32,7 +32,7 @@ def curves(run: RunFolder) -> str:
         (key, title, colour)
         for key, title, colour in (
             ("lr", "Learning rate", ACCENT),
-            ("grad_norm", "Gradient norm, before clipping", ACCENT),
+            ("grad_norm", "Gradient norm", ACCENT),
         )
         if run.series("step", key)[0]
     ]
@@ -50,12 +50,22 @@ def curves(run: RunFolder) -> str:
             axes.set_xlabel("optimizer step")
             axes.margins(x=0.01)
             axes.locator_params(axis="y", nbins=4)
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}".replace("e-0", "e-"))
+            if key == "lr":
+                _scale_rate(axes, max(run.series("step", key)[1]))
         if not below:
             top.set_xlabel("optimizer step")
 
     alt = "Training and evaluation loss, learning rate and gradient norm against the optimizer step"
-    return draw(4.9 if below else 3.2, paint, name="curves", alt=alt)
+    return draw(4.9 if below else 3.2, paint, name="curves", alt=alt, tips={})
+
+
+def _scale_rate(axes: Any, top: float) -> None:
+    """Label learning rates as multiples of one power of ten, which the title names."""
+    if not (math.isfinite(top) and 0 < top < 0.01):
+        return
+    exponent = math.floor(math.log10(top))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value / 10.0**exponent:.4g}")
+    axes.set_title(f"Learning rate, in units of 1e{exponent}")
 
 
 def _marker(run: RunFolder, key: str) -> dict[str, Any]:
@@ -80,6 +90,7 @@ def _paint_loss(axes: Any, run: RunFolder) -> None:
         axes.plot(steps, losses, color=SECOND, label="evaluation loss", clip_on=False, zorder=5, **style)
     axes.set_title("Loss, nats per supervised token")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.locator_params(axis="y", nbins=7)
     axes.margins(x=0.01)
     if axes.lines:
         axes.legend(loc="upper right", labelcolor=INK)
@@ -103,7 +114,7 @@ def measures(rows: Sequence[Measure]) -> str:
         axes.tick_params(axis="x", length=0)
 
     alt = " ".join(row.sentence() for row in rows)
-    return draw(0.45 + 0.78 * len(rows), paint, name="measures", alt=alt)
+    return draw(0.45 + 0.78 * len(rows), paint, name="measures", alt=alt, tips={})
 
 
 def _extent(rows: Sequence[Measure]) -> tuple[float, float]:
@@ -234,4 +245,4 @@ def change_bars(changes: Mapping[str, float]) -> str:
         axes.spines["bottom"].set_visible(False)
 
     alt = "Relative change of " + ", ".join(f"{name} {ratio_percent(value)}" for name, value in rows)
-    return draw(0.3 + 0.24 * len(rows), paint, name="bars", alt=alt)
+    return draw(0.3 + 0.24 * len(rows), paint, name="bars", alt=alt, tips={})

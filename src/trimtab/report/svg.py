@@ -68,7 +68,7 @@ STYLE = {
 }
 
 
-def draw(height: float, paint: Callable[[Any], None], *, name: str, alt: str, tips: Mapping[str, str] = {}) -> str:  # noqa: B006
+def draw(height: float, paint: Callable[[Any], None], *, name: str, alt: str, tips: Mapping[str, str]) -> str:
     """One `<svg>` element of WIDTH x `height` inches, painted by `paint(figure)`.
 
     name: letters that make its ids its own among the figures of the page. alt: what a screen reader says.

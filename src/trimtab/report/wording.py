@@ -12,6 +12,8 @@ from trimtab.errors import FormatError
 from trimtab.report.run_folder import is_number
 
 MISSING = "not recorded"
+# The space must not break, or the sign may stand alone on the next line.
+PERCENT = "\N{NO-BREAK SPACE}%"
 LABELS = {
     "subtoken_f1": "Subtoken F1",
     "exact_match": "Exact match",
@@ -44,12 +46,12 @@ def count(value: float) -> str:
 
 def percent(share: float, digits: int = 1) -> str:
     """A share of 1 in percent, with fixed decimals: 9.2 %."""
-    return f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%".replace("-", "−") if math.isfinite(share) else number(share)
+    return f"{100 * share:.{digits}f}{PERCENT}".replace("-", "−") if math.isfinite(share) else number(share)
 
 
 def ratio_percent(ratio: float) -> str:
     """A ratio in percent to three significant digits: 0.482 %."""
-    return f"{number(100 * ratio)}\N{NO-BREAK SPACE}%"
+    return f"{number(100 * ratio)}{PERCENT}"
 
 
 def duration(seconds: float) -> str:
@@ -109,7 +111,7 @@ class Measure:
             return "no interval recorded"
         low = self.show(interval[0])
         # The unit stands once, after the upper end.
-        return f"{low.removesuffix('\N{NO-BREAK SPACE}%')} to {self.show(interval[1])}"
+        return f"{low.removesuffix(PERCENT)} to {self.show(interval[1])}"
 
     def show_difference(self) -> str:
         difference = self.after - self.before

@@ -1,0 +1,93 @@
+"""Any method on slices of a fused projection."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.deltas.delta import Delta, fill
+from trimtab.deltas.layout import Layout
+from trimtab.deltas.lora import LoRADelta, restored_pair, stored_pair
+
+
+class Sliced(Delta):
+    """One method on some row ranges of a fused projection, the other rows untouched (loralib's MergedLinear).
+
+    Each range is adapted as a linear layer of its own. parts: one delta per range; ranges: (start, stop) rows of
+    the matrix [out, in], ascending and disjoint.
+    """
+
+    def __init__(self, parts: list[Delta], ranges: tuple[tuple[int, int], ...], layout: Layout) -> None:
+        super().__init__(parts[0].method, layout)
+        self.parts = nn.ModuleList(parts)
+        self.ranges = ranges
+
+    def _each(self, weight: Tensor) -> list[tuple[Delta, Tensor, int, int]]:
+        matrix = self.layout.matrix(weight)
+        return [(p, matrix[a:b], a, b) for p, (a, b) in zip(self.parts, self.ranges, strict=True)]  # type: ignore[misc]
+
+    def weight_change(self, weight: Tensor) -> Tensor:
+        rows, at = [], 0
+        for part, own, start, stop in self._each(weight):
+            rows += [own.new_zeros(start - at, own.shape[1], dtype=torch.float32), part.weight_change(own)]
+            at = stop
+        rows.append(rows[-1].new_zeros(self.layout.out_features - at, self.layout.in_features))
+        return torch.cat(rows)
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        pairs = [part.factors() for part in self.parts]  # type: ignore[operator]
+        if any(pair is None for pair in pairs):
+            return None
+        return self._placed([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
+
+    def _placed(self, Bs: list[Tensor]) -> Tensor:
+        B = torch.block_diag(*Bs)
+        rows = torch.cat([torch.arange(a, b, device=B.device) for a, b in self.ranges])
+        return B.new_zeros(self.layout.out_features, B.shape[1]).index_copy(0, rows, B)
+
+    def branch(self, x: Tensor, weight: Tensor) -> Tensor:
+        pieces, at = [], 0
+        for part, own, start, stop in self._each(weight):
+            pieces += [x.new_zeros(*x.shape[:-1], start - at), part.branch(x, own)]
+            at = stop
+        pieces.append(x.new_zeros(*x.shape[:-1], self.layout.out_features - at))
+        return torch.cat(pieces, dim=-1)
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self.layout.base(x, weight, bias) + self.branch(x, weight)
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """The parts' own A and B as one pair: A [n·r, in] stacked, B [out, n·r] with each part's B at its rows."""
+        pairs = [part.pair() for part in self.parts]  # type: ignore[operator]
+        return torch.cat([A for A, _ in pairs]), self._placed([B for _, B in pairs])
+
+    def stored(self) -> dict[str, Tensor]:
+        return stored_pair(self.layout, *self.pair()) if isinstance(self.parts[0], LoRADelta) else super().stored()
+
+    def restore(self, stored: Mapping[str, Tensor]) -> None:
+        if not isinstance(self.parts[0], LoRADelta):
+            super().restore(stored)
+            return
+        A, B = restored_pair(self.layout, stored)
+        wanted = self.pair()
+        fill({"A": wanted[0], "B": wanted[1]}, {"A": A, "B": B})
+        at = 0
+        for part, (start, stop) in zip(cast("Iterable[LoRADelta]", self.parts), self.ranges, strict=True):
+            rank = part.A.shape[0]
+            part.A.data, part.B.data = A[at : at + rank].clone(), B[start:stop, at : at + rank].clone()
+            at += rank
+
+    def rank_and_alpha(self) -> tuple[int, float] | None:
+        # Stacking n parts multiplies the rank by n; alpha grows with it so that the scale stays.
+        own, n = cast("Delta", self.parts[0]).rank_and_alpha(), len(self.parts)
+        if own is None:
+            return None
+        return own[0] * n, own[1] * (math.sqrt(n) if getattr(self.method, "rslora", False) else n)
+
+    def after_step(self, step: int, weight: Tensor) -> None:
+        for part, own, _, _ in self._each(weight):
+            part.after_step(step, own)

@@ -1,0 +1,98 @@
+"""Writing files and folders that are whole or absent, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from trimtab.errors import TrimtabError, UsageError
+
+
+class StorageError(TrimtabError, OSError):
+    """A disk that is full or a folder that cannot be written. What stood there before is untouched."""
+
+    exit_code = 2
+
+
+@contextmanager
+def whole_folder(path: str | Path, *, marker: str | None = None) -> Iterator[Path]:
+    """A temporary folder that takes the place of `path` when the block ends well, and vanishes otherwise.
+
+    An existing folder is replaced only when it is empty or holds the file `marker`. Everything is on the disk
+    before the name changes. Raises StorageError when the disk is full or the place cannot be written.
+    """
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (marker and (path / marker).exists()))):
+        raise UsageError(f"{path} exists and is something else: choose another folder")
+    partial: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+        yield partial
+        for file in partial.rglob("*"):
+            _sync(file)
+        partial.chmod(0o755)
+        _sync(partial)
+        _swap(partial, path)
+        _sync(path.parent)
+    except OSError as error:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise storage_error(error, path) from error
+    except BaseException:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _swap(new: Path, path: Path) -> None:
+    if not path.exists():
+        os.rename(new, path)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+    os.rename(path, old / path.name)
+    try:
+        os.rename(new, path)
+    except OSError:
+        os.rename(old / path.name, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_whole(path: str | Path, content: str | bytes) -> Path:
+    """Write one file, whole or not at all. Text is UTF-8. Raises StorageError."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        _sync(partial)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise storage_error(error, path) from error
+    return path
+
+
+def storage_error(error: OSError, path: Path) -> TrimtabError:
+    """What to tell a user of an OSError met while writing `path`."""
+    if isinstance(error, TrimtabError):
+        return error
+    if error.errno == errno.ENOSPC:
+        return StorageError(f"no space left on the disk of {path}: free some or choose another folder")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return StorageError(f"{path} cannot be written ({error.strerror}): choose another folder")
+    return StorageError(f"cannot write {path}: {error.strerror or error}")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""What models are tested on, one file per family, and the statistics they are reported with."""

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trimtab.data.batch import IGNORED, Batch, batches, pack, pad
+from trimtab.data.encode import Example
+from trimtab.errors import UsageError
+
+
+def examples(count: int, seed: int = 0) -> list[Example]:
+    rng = random.Random(seed)
+    made = []
+    for number in range(1, count + 1):
+        length = rng.randint(1, 12)
+        ids = [rng.randint(1, 30) for _ in range(length)]
+        made.append(Example(ids, [rng.random() < 0.6 for _ in range(length)], number, 0, False))
+    return made
+
+
+def expected_counts(some: list[Example]) -> tuple[int, int]:
+    return sum(len(e.input_ids) for e in some), sum(sum(e.supervised[1:]) for e in some)
+
+
+def test_padding_is_on_the_left_and_positions_start_at_the_first_token() -> None:
+    batch = pad([Example([5, 6], [True, True], 3, 0, False), Example([7, 8, 9], [False, True, False], 4, 0, False)], 0)
+    assert batch.input_ids.tolist() == [[0, 5, 6], [7, 8, 9]]
+    assert batch.attention_mask is not None
+    assert batch.attention_mask.tolist() == [[0, 1, 1], [1, 1, 1]]
+    assert batch.position_ids.tolist() == [[0, 0, 1], [0, 1, 2]]
+    assert batch.labels.tolist() == [[IGNORED, IGNORED, 6], [IGNORED, 8, IGNORED]]
+    assert (batch.examples, batch.real_tokens, batch.supervised_tokens) == ((3, 4), 5, 2)
+
+
+def test_packing_restarts_positions_and_never_predicts_a_first_token() -> None:
+    batch = pack([Example([5, 6], [True, True], 3, 0, False), Example([7, 8, 9], [True, False, True], 4, 0, False)], 0)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9]]
+    assert batch.position_ids.tolist() == [[0, 1, 0, 1, 2]]
+    assert batch.labels.tolist() == [[IGNORED, 6, IGNORED, IGNORED, 9]]
+    assert batch.attention_mask is None
+    assert (batch.examples, batch.real_tokens, batch.supervised_tokens) == ((3, 4), 5, 2)
+
+
+@pytest.mark.parametrize("build", [pad, pack])
+def test_counts_are_those_of_the_shifted_labels(build: type[Batch]) -> None:
+    some = examples(20)
+    batch = build(some, 0)
+    assert (batch.real_tokens, batch.supervised_tokens) == expected_counts(some)
+    assert int((batch.labels[:, 1:] != IGNORED).sum()) == batch.supervised_tokens
+    assert {tensor.dtype for tensor in (batch.input_ids, batch.position_ids, batch.labels)} == {torch.int64}
+
+
+@pytest.mark.parametrize("build", [pad, pack])
+def test_a_batch_moves_whole(build: type[Batch]) -> None:
+    batch = build(examples(3), 0)
+    moved = batch.to("meta")
+    tensors = (moved.input_ids, moved.position_ids, moved.labels, moved.attention_mask)
+    assert {tensor.device.type for tensor in tensors if tensor is not None} == {"meta"}
+    assert (moved.attention_mask is None) == (batch.attention_mask is None)
+    assert moved.supervised_tokens == batch.supervised_tokens
+
+
+def test_a_batch_of_nothing_is_refused() -> None:
+    with pytest.raises(UsageError):
+        pad([], 0)
+    with pytest.raises(UsageError):
+        pack([], 0)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_padded_and_packed_give_the_separate_examples_loss(attention: str) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.5,
+        attn_implementation=attention,
+    )
+    model = LlamaForCausalLM(config).eval()
+    some = examples(5, seed=2)
+
+    def loss(batch: Batch) -> float:
+        with torch.no_grad():
+            logits = model(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                position_ids=batch.position_ids,
+                use_cache=False,
+            ).logits
+        flat = logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten()
+        return torch.nn.functional.cross_entropy(*flat, ignore_index=IGNORED, reduction="sum").item()
+
+    separate = sum(loss(pad([example], 0)) for example in some)
+    # float32 sums of about a dozen terms; what leaks between examples must show far above their rounding.
+    packed = pack(some, 0)
+    leaking = dataclasses.replace(packed, position_ids=torch.arange(packed.real_tokens)[None])
+    assert loss(pad(some, 0)) == pytest.approx(separate, rel=1e-5)
+    assert loss(packed) == pytest.approx(separate, rel=1e-5)
+    assert loss(leaking) != pytest.approx(separate, rel=1e-2)
+
+
+@given(
+    st.lists(st.integers(1, 500), max_size=300),
+    st.integers(1, 9),
+    st.integers(0, 2**31),
+    st.integers(0, 5),
+)
+def test_every_example_stands_in_exactly_one_batch(lengths: list[int], size: int, seed: int, epoch: int) -> None:
+    made = batches(lengths, size, seed=seed, epoch=epoch)
+    assert sorted(index for batch in made for index in batch) == list(range(len(lengths)))
+    assert sorted(map(len, made), reverse=True)[:-1] == [size] * (len(made) - 1)
+    assert made == batches(lengths, size, seed=seed, epoch=epoch)
+
+
+def test_epochs_and_seeds_differ_in_order() -> None:
+    lengths = [random.Random(0).randint(1, 99) for _ in range(64)]
+    orders = {str(batches(lengths, 4, seed=seed, epoch=epoch)) for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+
+
+def test_batches_of_similar_lengths_need_less_padding_than_a_plain_shuffle() -> None:
+    rng = random.Random(0)
+    lengths = [rng.randint(10, 400) for _ in range(1000)]
+
+    def padded(made: list[list[int]]) -> int:
+        return sum(max(lengths[i] for i in batch) * len(batch) for batch in made)
+
+    order = list(range(1000))
+    rng.shuffle(order)
+    plain = padded([order[start : start + 8] for start in range(0, 1000, 8)])
+    # A plain shuffle pads these by about three quarters; grouped, by under a fifth.
+    assert padded(batches(lengths, 8, seed=0, epoch=0)) < 1.2 * sum(lengths) < plain
+
+
+def test_a_batch_size_of_zero_is_refused() -> None:
+    with pytest.raises(UsageError, match="batch_size is 0"):
+        batches([1, 2], 0, seed=0, epoch=0)

@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+import html
+import json
+import re
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from trimtab.errors import UsageError
+from trimtab.report.page import render, write_report
+from trimtab.report.run_folder import read_run
+from trimtab.report.wording import visible
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, the text of the page, and whether every tag was closed in order."""
+
+    VOID = frozenset(("meta", "br", "img", "link", "input"))
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.source = text
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.pieces: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.pieces.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", "".join(self.pieces))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, folders: ModuleType) -> Page:
+    """The page of the finished run, for tests that only look."""
+    return page_of(folders.write_run(tmp_path_factory.mktemp("whole") / "demo"))
+
+
+def page_of(run: Path) -> Page:
+    return Page(write_report(run).read_text(encoding="utf-8"))
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+
+
+def test_the_report_is_written_into_the_run_by_default(run: Path) -> None:
+    assert write_report(run) == run / "report.html"
+    assert (run / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_the_page_fetches_nothing_and_runs_nothing(whole: Page) -> None:
+    for tag, attributes in whole.tags:
+        assert tag not in ("script", "link", "img", "iframe", "object", "base")
+        assert not any(name.startswith("on") for name in attributes)
+        for name in ("href", "src", "xlink:href"):
+            assert (attributes.get(name) or "#").startswith("#")
+    assert "@import" not in whole.source
+    assert set(re.findall(r"url\((.)", whole.source)) == {"#"}
+    assert "default-src 'none'" in whole.source
+
+
+def test_every_tag_is_closed_and_no_id_is_used_twice(whole: Page) -> None:
+    assert whole.open == []
+    ids = Counter(attributes["id"] for _, attributes in whole.tags if "id" in attributes)
+    assert [name for name, uses in ids.items() if uses > 1] == []
+    for _, attributes in whole.tags:
+        target = attributes.get("xlink:href") or attributes.get("href")
+        assert target is None or target.removeprefix("#") in ids
+
+
+def test_every_figure_is_well_formed_and_says_what_it_shows(whole: Page) -> None:
+    figures = re.findall(r"<svg.*?</svg>", whole.source, flags=re.DOTALL)
+    assert len(figures) == 3
+    for figure in figures:
+        root = ElementTree.fromstring(figure)
+        assert root.get("role") == "img"
+        assert len(root.get("aria-label") or "") > 20
+
+
+def test_no_figure_has_a_colour_that_ignores_dark_mode(whole: Page) -> None:
+    styles = re.findall(r'style="([^"]*)"', whole.source)
+    assert len(styles) > 200
+    assert [style for style in styles if re.search(r"(fill|stroke): #", style)] == []
+
+
+def test_gain_and_forgetting_stand_with_interval_and_chance(whole: Page) -> None:
+    text = whole.text
+    gained = "Subtoken F1 rose from 0.021 [0.012 to 0.032] to 0.243 [0.206 to 0.281]: the intervals do not overlap."
+    forgot = "General knowledge fell from 52.5 % [41.2 to 63.7 %] to 51.2 % [40.0 to 62.5 %]: the intervals overlap"
+    assert gained in text
+    assert forgot + "; chance gives 25.0 %." in text
+    assert "No chance level was recorded for Subtoken F1, Exact match." in text
+    assert "95 % bootstrap intervals" in text
+
+
+def test_the_headline_says_what_was_trained_and_what_it_cost(whole: Page) -> None:
+    text = whole.text
+    assert "LoRA, rank 16, on smollm2-135m-instruct" in text
+    assert "Trained 4.88 million parameters (3.63 % of the 135 million frozen ones) for 120 optimizer steps" in text
+    assert "on 385,320 tokens, of which 14,160 were supervised, in 5 min 48 s." in text
+
+
+def test_markup_in_samples_and_names_stays_text(run: Path, folders: ModuleType) -> None:
+    attack = "</pre></svg><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{ 7 * 7 }}"
+    sample = {"prompt": attack, "expected": attack, "before": attack, "after": attack, attack: attack}
+    folders.write_lines(run / "samples.jsonl", [sample])
+    folders.write_lines(run / "metrics.jsonl", [{"step": 1, "loss": 1.0, attack: 1}])
+    bars = [{"name": attack, "relative_change": 0.1}]
+    grid = [{"name": f"{attack}.{layer}.{attack}", "relative_change": 0.1} for layer in range(4)]
+    edit(run / "audit.json", layers=bars + grid, dtype=attack, **{attack: attack})
+    measure = {"before": 0.1, "after": 0.2, attack: attack}
+    edit(run / "result.json", model=attack, versions={attack: attack}, **{attack: attack, attack + "2": measure})
+    (run / "config.yaml").write_text(f"note: {json.dumps(attack)}\n", encoding="utf-8")
+    page = page_of(run)
+    assert page.open == []
+    assert not {"script", "img"} & {tag for tag, _ in page.tags}
+    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+    assert "".join(page.pieces).count(attack) >= 12
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text(max_size=60))
+def test_any_answer_of_a_model_is_shown_whole(run: Path, folders: ModuleType, answer: str) -> None:
+    folders.write_lines(run / "samples.jsonl", [{"prompt": "p", "expected": answer, "after": "x"}])
+    for name in ("metrics.jsonl", "audit.json", "result.json"):
+        (run / name).unlink(missing_ok=True)
+    text = write_report(run).read_bytes().decode("utf-8")
+    # A browser drops the line break right after <pre>, so the page must write one of its own.
+    shown = html.unescape(re.findall(r'<pre dir="auto">\n(.*?)</pre>', text, flags=re.DOTALL)[0])
+    assert shown == visible(answer)
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", shown)
+
+
+def test_the_configuration_is_shown_verbatim(whole: Page, folders: ModuleType) -> None:
+    shown = re.findall(r'<pre tabindex="0">\n(.*?)</pre>', whole.source, flags=re.DOTALL)
+    assert [html.unescape(text) for text in shown] == [folders.CONFIG]
+
+
+def test_no_key_of_the_result_is_dropped(run: Path) -> None:
+    edit(run / "result.json", odd_key={"deep": [1.5, None, True]}, perplexity=4.25)
+    text = page_of(run).text
+    assert "Odd keydeep 1.5, none, yes" in text.replace("Odd key ", "Odd key")
+    for figure in ("4.25", "2.06 GiB", "runs/demo/adapter", "2.13.0", "4,884,480 parameters", "80"):
+        assert figure in text
+
+
+def test_every_module_of_the_audit_is_in_its_table(whole: Page, folders: ModuleType) -> None:
+    names = [row["name"] for row in folders.layers()]
+    assert len(names) == 210
+    assert all(whole.text.count(name) >= 2 for name in names)  # in the table, and on hovering over its cell
+
+
+def test_a_run_with_nothing_but_its_configuration_says_what_is_missing(run: Path) -> None:
+    for name in ("metrics.jsonl", "samples.jsonl", "result.json", "audit.json"):
+        (run / name).unlink()
+    text = page_of(run).text
+    for words in (
+        "result.json is missing",
+        "metrics.jsonl is missing",
+        "samples.jsonl is missing",
+        "audit.json is missing: this run was not merged",
+        "No change per layer was recorded",
+        "No measurement before and after training",
+    ):
+        assert words in text
+
+
+def test_a_run_that_was_not_merged_takes_its_layers_from_layers_json(run: Path) -> None:
+    (run / "audit.json").unlink()
+    rows = [{"name": "encoder", "relative_change": 0.0125}, {"name": "head", "relative_change": 0.5}]
+    (run / "layers.json").write_text(json.dumps(rows), encoding="utf-8")
+    text = page_of(run).text
+    assert "1.25 %" in text
+    assert "All 2 modules as a table" in text
+    assert "this run was not merged" in text
+
+
+def test_values_that_are_not_finite_are_counted_not_hidden(run: Path, folders: ModuleType) -> None:
+    rows = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": float("nan")}, {"step": 3, "loss": float("inf")}]
+    folders.write_lines(run / "metrics.jsonl", rows)
+    layers = [{"name": "a", "relative_change": 0.1}, {"name": "b", "relative_change": float("nan")}]
+    edit(run / "audit.json", layers=layers)
+    text = page_of(run).text
+    assert "leave a gap in the curves: 2." in text
+    assert "so is not drawn: 1." in text
+
+
+def test_one_run_gives_one_page_byte_for_byte(run: Path) -> None:
+    assert render(read_run(run)) == render(read_run(run))
+
+
+def test_an_earlier_report_stays_whole_when_the_run_is_broken(run: Path) -> None:
+    before = write_report(run).read_bytes()
+    (run / "audit.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"audit\.json"):
+        write_report(run)
+    assert (run / "report.html").read_bytes() == before
+
+
+def test_a_place_that_cannot_be_written_is_refused_and_nothing_is_left_behind(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot write the report"):
+        write_report(run, out=tmp_path / "absent" / "report.html")
+    with pytest.raises(UsageError, match="is a folder"):
+        write_report(run, out=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo"]
+
+
+def test_writing_leaves_one_file_that_others_may_read(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    write_report(run, out=out / "page.html")
+    assert [path.name for path in out.iterdir()] == ["page.html"]
+    probe = tmp_path / "probe"
+    probe.touch()
+    assert (out / "page.html").stat().st_mode == probe.stat().st_mode
+
+
+@pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
+def test_a_missing_extra_is_named(run: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UsageError, match=re.escape('pip install "trimtab[plots]"')):
+        write_report(run)
+    assert not (run / "report.html").exists()
