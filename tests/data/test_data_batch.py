@@ -142,6 +142,12 @@ def test_batches_of_similar_lengths_need_less_padding_than_a_plain_shuffle() -> 
     assert padded(batches(lengths, 8, seed=0, epoch=0)) < 1.2 * sum(lengths) < plain
 
 
+def test_short_and_long_batches_come_in_no_order() -> None:
+    lengths = list(range(64))
+    longest = [max(batch) for batch in batches(lengths, 4, seed=0, epoch=0)]
+    assert longest not in (sorted(longest), sorted(longest, reverse=True))
+
+
 def test_a_batch_size_of_zero_is_refused() -> None:
     with pytest.raises(UsageError, match="batch_size is 0"):
         batches([1, 2], 0, seed=0, epoch=0)

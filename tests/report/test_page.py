@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trimtab.errors import UsageError
-from trimtab.report.page import render, write_report
+from trimtab.report.page import _share, render, write_report
 from trimtab.report.run_folder import read_run
 from trimtab.report.wording import visible
 
@@ -174,6 +174,21 @@ def test_every_module_of_the_audit_is_in_its_table(whole: Page, folders: ModuleT
     names = [row["name"] for row in folders.layers()]
     assert len(names) == 210
     assert all(whole.text.count(name) >= 2 for name in names)  # in the table, and on hovering over its cell
+
+
+@pytest.mark.parametrize(
+    ("share", "shown"),
+    [
+        (1, "100 %"),
+        (0.99999, "99.999 %"),
+        (1.000004, "100.0004 %"),
+        (0.3964, "39.64 %"),
+        (2e-6, "0.000200 %"),
+        (0, "0 %"),
+    ],
+)
+def test_no_share_rounds_to_all_or_to_none(share: float, shown: str) -> None:
+    assert _share(share).replace("\N{NO-BREAK SPACE}", " ") == shown
 
 
 def test_a_run_with_nothing_but_its_configuration_says_what_is_missing(run: Path) -> None:

@@ -24,6 +24,7 @@ class Full(Method):
     name: ClassVar[str] = "full"
     formula: ClassVar[str] = "h = (W + ΔW) x"
     paper: ClassVar[str] = "full fine-tuning"
+    default_lr: ClassVar[float] = 2e-5
 
     def delta(self, layout: Layout, weight: Tensor, generator: torch.Generator) -> FullDelta:
         return FullDelta(self, layout)

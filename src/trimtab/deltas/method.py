@@ -31,6 +31,8 @@ class Method:
     """The adapted map in one line, in the paper's symbols."""
     paper: ClassVar[str]
     """Where it comes from."""
+    default_lr: ClassVar[float] = 2e-4
+    """The learning rate when the user gives none; its source is in `train.settings`."""
     peft_type: ClassVar[str | None] = None
     """PEFT's name for it, when its adapters are saved as PEFT's own; None for a type of trimtab's."""
     stored_names: ClassVar[str] = ""

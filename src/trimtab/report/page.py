@@ -234,11 +234,13 @@ def _audit(run: RunFolder) -> dict[str, Any] | None:
 
 
 def _share(value: float) -> str:
-    """A share that is often almost nothing or almost all: neither may round to none or to all."""
-    if abs(value) < 0.01:
+    """A share that is often almost nothing or almost all: neither rounds to none or to all."""
+    if not math.isfinite(value) or abs(value) < 0.01:
         return ratio_percent(value)
-    shown = percent(value, 2)
-    return f"{100 * value:.9g}{PERCENT}" if shown.startswith("100.00") and value != 1 else shown
+    decimals = 2
+    while value != 1 and float(f"{100 * value:.{decimals}f}") == 100 and decimals < 14:
+        decimals += 1
+    return "100" + PERCENT if value == 1 else percent(value, decimals)
 
 
 def _audit_row(row: Mapping[str, Any]) -> dict[str, str]:

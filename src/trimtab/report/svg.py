@@ -17,7 +17,6 @@ GRID = "#030303"
 ACCENT = "#040404"
 SECOND = "#050505"
 BEFORE = "#060606"
-SURFACE = "#070707"
 VARIABLES = {
     INK: "var(--ink)",
     MUTED: "var(--muted)",
@@ -25,7 +24,6 @@ VARIABLES = {
     ACCENT: "var(--accent)",
     SECOND: "var(--second)",
     BEFORE: "var(--before)",
-    SURFACE: "var(--surface)",
 }
 # Inches; at the page's full width one point of text is 1.4 CSS pixels.
 WIDTH = 9.4

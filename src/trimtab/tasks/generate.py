@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from trimtab.errors import UsageError
+from trimtab.models.quiet import quiet
 from trimtab.tasks.evaluating import device_of, evaluating
 
 Turn = Mapping[str, str]
@@ -24,6 +26,7 @@ def generate(
     progress: Callable[[int, int], None] | None = None,
     temperature: float = 0.0,
     seed: int = 0,
+    around: Callable[[list[int]], AbstractContextManager[Any]] | None = None,
 ) -> list[str]:
     """The model's answer to each prompt, in the order of the prompts, without special tokens.
 
@@ -31,6 +34,8 @@ def generate(
     template. An answer ends at max_new_tokens, at the end token, or at the template's end of turn.
     temperature: 0 takes the likeliest token each time; above 0, tokens are sampled from the whole distribution at that
     temperature, and `seed` and batch_size settle the outcome without touching the global random state.
+    around: called with the indices of each batch's prompts, row by row; the batch is generated within the context it
+    returns. With it each row can have its own adapter.
     progress(done, total) counts prompts. Neither model nor tokenizer is changed. Raises UsageError for an empty
     prompt, one that leaves no room for max_new_tokens, and a chat without a chat template.
     """
@@ -50,7 +55,9 @@ def generate(
         torch.manual_seed(seed)
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            for index, answer in zip(batch, _batch(model, [ids[i] for i in batch], settings), strict=True):
+            with around(batch) if around is not None else nullcontext():
+                new = _batch(model, [ids[i] for i in batch], settings)
+            for index, answer in zip(batch, new, strict=True):
                 answers[index] = tokenizer.decode(answer, skip_special_tokens=True)
             if progress is not None:
                 progress(min(start + batch_size, len(order)), len(order))
@@ -72,7 +79,7 @@ def encode(tokenizer: Any, prompt: Prompt) -> list[int]:
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """The ids that end an answer: the model's and tokenizer's end tokens, and the chat template's end of turn."""
-    declared = getattr(model.generation_config, "eos_token_id", None)
+    declared = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = set(declared if isinstance(declared, list) else [declared]) | {tokenizer.eos_token_id}
     if getattr(tokenizer, "chat_template", None):
         answer = "ANSWER"
@@ -127,11 +134,14 @@ def _batch(model: Any, rows: Sequence[Sequence[int]], settings: Any) -> list[lis
     # Pads on the left, so that every row continues at the same column.
     padded = [[settings.pad_token_id] * (longest - len(row)) + list(row) for row in rows]
     mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-    output = model.generate(
-        input_ids=torch.tensor(padded, device=device),
-        attention_mask=torch.tensor(mask, device=device),
-        generation_config=settings,
-    )
+    with quiet():
+        output = model.generate(
+            input_ids=torch.tensor(padded, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            generation_config=settings,
+        )
     ends = set(settings.eos_token_id or [])
-    new: list[list[int]] = output[:, longest:].tolist()
+    # An encoder-decoder gives back its start token and the answer, a decoder the prompt and the answer.
+    before = 1 if model.config.is_encoder_decoder else longest
+    new: list[list[int]] = output[:, before:].tolist()
     return [row[: next((i for i, token in enumerate(row) if token in ends), len(row))] for row in new]

@@ -126,7 +126,7 @@ def _score(model: Any, batch: Sequence[_Tokens]) -> list[list[float]]:
     endings = torch.tensor([[*ending, *[0] * (longest - len(ending))] for ending in flat], device=device)
     lengths = torch.tensor([len(ending) for ending in flat], device=device)
     first = model(input_ids=shared, use_cache=True)
-    cache = getattr(first, "past_key_values", None)
+    cache: Any = getattr(first, "past_key_values", None)
     if hasattr(cache, "batch_repeat_interleave"):
         logits = first.logits[:, -1:].repeat_interleave(choices, dim=0)
         if longest > 1:

@@ -21,10 +21,8 @@ from trimtab.tasks.statistics import Interval, bootstrap, mean
 PLACEHOLDER = "FUNCTION"
 INSTRUCTION = "Name this Python function."
 LENGTHS = range(80, 401)
-SKIPPED_FOLDERS = frozenset(
-    ("__pycache__", "site-packages", "dist-packages", "node_modules", "venv")
-    + ("test", "tests", "idle_test", "encodings", "pydoc_data")
-)
+NOT_SOURCE = ("__pycache__", "site-packages", "dist-packages", "node_modules", "venv")
+SKIPPED_FOLDERS = frozenset((*NOT_SOURCE, "test", "tests", "idle_test", "encodings", "pydoc_data"))
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,8 @@ def build(code: Path | None = None, *, train: int = 480, test: int = 100, seed: 
 
     Functions and methods of 80 to 400 characters count, without dunder methods, tests, names of fewer than three
     letters, and bodies seen before. Folders of SKIPPED_FOLDERS (tests, caches, installed packages, tables) and hidden
-    ones are not entered, nor files test_*.py read. The same code and seed give the same task. Raises UsageError when there is too little, with what was found.
+    ones are not entered, nor files test_*.py read. The same code and seed give the same task. Raises UsageError when
+    there is too little, with what was found.
     """
     root = Path(sysconfig.get_paths()["stdlib"]) if code is None else code
     if not root.is_dir():

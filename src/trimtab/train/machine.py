@@ -1,0 +1,64 @@
+"""Threads and dtype that suit this machine, measured in a fraction of a second."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import statistics
+import time
+
+import torch
+from torch import Tensor
+
+from trimtab.errors import UsageError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Threads and dtype to compute with, and why in one line."""
+
+    threads: int
+    dtype: torch.dtype
+    reason: str
+
+
+def choose(threads: int | None = None, dtype: str = "auto") -> Choice:
+    """Set torch's threads and say which dtype to load a model in.
+
+    A given value is taken as it is. Otherwise a matrix product the size of a small model's layer is timed: with one
+    thread and all, since threads that wait for each other on shared cores can be slower than one; and in bf16, which
+    is taken only where it beats fp32, for many CPUs compute it slowly. Takes at most about 0.2 s.
+    """
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads is {threads}, but must be at least 1")
+    if torch.cuda.is_available():
+        return Choice(torch.get_num_threads(), _dtype(dtype, torch.bfloat16), "a GPU computes bf16 quickly")
+    tried = {threads} if threads is not None else {1, len(os.sched_getaffinity(0))}
+    speeds = {count: _speed(count, torch.float32) for count in sorted(tried)}
+    best = max(speeds, key=lambda count: speeds[count])
+    bf16 = _speed(best, torch.bfloat16) if dtype == "auto" else 0.0
+    torch.set_num_threads(best)
+    fast = torch.bfloat16 if bf16 > 1.1 * speeds[best] else torch.float32
+    told = ", ".join(f"{count} thread{'s' * (count > 1)} {speed:.0f}" for count, speed in speeds.items())
+    reason = f"fp32 GFLOP/s: {told}" + (f"; bf16 {bf16:.0f}" if dtype == "auto" else "")
+    return Choice(best, _dtype(dtype, fast), reason)
+
+
+def _dtype(name: str, auto: torch.dtype) -> torch.dtype:
+    return auto if name == "auto" else DTYPES[name]
+
+
+def _speed(threads: int, dtype: torch.dtype) -> float:
+    """GFLOP/s of a product [512, 576] x [576, 1536], median of a few."""
+    torch.set_num_threads(threads)
+    x, w = torch.ones(512, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
+    times = [_timed(x, w) for _ in range(6)][1:]
+    return 2 * x.shape[0] * w.numel() / statistics.median(times) / 1e9
+
+
+def _timed(x: Tensor, w: Tensor) -> float:
+    start = time.perf_counter()
+    torch.nn.functional.linear(x, w)
+    return time.perf_counter() - start

@@ -1,0 +1,107 @@
+"""metrics.jsonl, and other loggers by their own libraries."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from trimtab.errors import UsageError
+
+LOGGERS = ("tensorboard", "mlflow", "wandb")
+
+
+class Logger(Protocol):
+    """Somewhere a row of figures goes."""
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Take one row; `step` is among its keys."""
+
+    def close(self) -> None:
+        """Write out what is pending."""
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a row. Resuming drops the rows after the checkpoint, which will come again."""
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        rows = []
+        if path.exists() and last_step > 0:
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:
+                    break  # a line cut short by a kill, and so after the checkpoint
+                if row.get("step", 0) > last_step:
+                    break
+                rows.append(line)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: IO[str] = path.open("w", encoding="utf-8")
+        self._file.writelines(line + "\n" for line in rows)
+        self._file.flush()
+
+    def log(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoardLogger:
+    """TensorBoard's event files in the run folder."""
+
+    def __init__(self, folder: Path) -> None:
+        writer = _library("torch.utils.tensorboard", "tensorboard").SummaryWriter
+        self._writer = writer(str(folder / "tensorboard"))
+
+    def log(self, row: dict[str, Any]) -> None:
+        for key, value in row.items():
+            if key != "step" and isinstance(value, int | float):
+                self._writer.add_scalar(key, value, row["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class MLflowLogger:
+    """An MLflow run, where MLflow's own settings say."""
+
+    def __init__(self, folder: Path) -> None:
+        self._mlflow = _library("mlflow", "mlflow")
+        self._mlflow.start_run(run_name=folder.name)
+
+    def log(self, row: dict[str, Any]) -> None:
+        figures = {k: float(v) for k, v in row.items() if k != "step" and isinstance(v, int | float)}
+        self._mlflow.log_metrics(figures, step=row["step"])
+
+    def close(self) -> None:
+        self._mlflow.end_run()
+
+
+class WandbLogger:
+    """A Weights & Biases run, where its own settings say."""
+
+    def __init__(self, folder: Path) -> None:
+        self._run = _library("wandb", "wandb").init(name=folder.name, dir=str(folder))
+
+    def log(self, row: dict[str, Any]) -> None:
+        self._run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def make_logger(name: str, folder: Path) -> Logger:
+    """A logger by name. UsageError when its library is missing, naming what to install."""
+    kinds: dict[str, Any] = {"tensorboard": TensorBoardLogger, "mlflow": MLflowLogger, "wandb": WandbLogger}
+    logger: Logger = kinds[name](folder)
+    return logger
+
+
+def _library(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UsageError(f"logging to {package} needs its library: pip install {package}") from error
