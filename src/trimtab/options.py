@@ -18,14 +18,19 @@ from trimtab.errors import UsageError, did_you_mean, problems_to_error
 T = TypeVar("T")
 
 
-def option(default: Any = dataclasses.MISSING, help: str = "", *, factory: Any = dataclasses.MISSING) -> Any:
-    """A dataclass field with its help text. Without a default the user must give it."""
-    return dataclasses.field(default=default, default_factory=factory, metadata={"help": help})
+def option(
+    default: Any = dataclasses.MISSING, help: str = "", *, factory: Any = dataclasses.MISSING, positional: bool = False
+) -> Any:
+    """A dataclass field with its help text. Without a default the user must give it.
+
+    positional: on the command line it is given by its place and not by a flag.
+    """
+    return dataclasses.field(default=default, default_factory=factory, metadata={"help": help, "positional": positional})
 
 
 def type_name(kind: Any) -> str:
-    """How a type is written for a user: 'integer', 'one of a, b', 'list of text'."""
-    names = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "nothing"}
+    """How a type is written for a user: 'a whole number', 'one of a, b', 'a list of text'."""
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "nothing"}
     if kind in names:
         return names[kind]
     origin, args = typing.get_origin(kind), typing.get_args(kind)
@@ -34,9 +39,9 @@ def type_name(kind: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(type_name(a) for a in args if a is not type(None))
     if origin is tuple:
-        return "list of " + type_name(args[0])
+        return "a list of " + type_name(args[0])
     if origin is dict or origin is Mapping:
-        return f"mapping of text to {type_name(args[1])}"
+        return f"a mapping of text to {type_name(args[1])}"
     return str(getattr(kind, "__name__", kind))
 
 

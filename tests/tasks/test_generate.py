@@ -86,14 +86,11 @@ def test_each_batch_runs_within_the_context_for_its_prompts(llama, tokenizer):
 
 def test_progress_counts_prompts(llama, tokenizer):
     seen = []
-    generate(
-        llama,
-        tokenizer,
-        PROMPTS,
-        max_new_tokens=1,
-        batch_size=2,
-        progress=lambda done, total: seen.append((done, total)),
-    )
+
+    def progress(done, total):
+        seen.append((done, total))
+
+    generate(llama, tokenizer, PROMPTS, max_new_tokens=1, batch_size=2, progress=progress)
     assert seen == [(2, 5), (4, 5), (5, 5)]
 
 

@@ -9,7 +9,7 @@ from trimtab.tasks.likelihood import choice_scores, prompt_of
 
 
 def asked():
-    """Questions whose prompts and choices differ in length, one with a single-token difference, one with two choices."""
+    """Prompts and choices of several lengths, one that differs by a single token, one with two choices."""
     return [
         *questions()[:6],
         Question("Which letter?", ("a", "b", "c", "d"), 2, "letters"),

@@ -8,6 +8,8 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import sys
+import types
 from pathlib import Path
 from typing import Any, cast
 
@@ -47,6 +49,8 @@ def method_spec(name: str) -> type[Method]:
     after those imports that do not lead to torch. Its fields and docstring are the real ones.
     """
     module, cls = _place(name)
+    if f"{module}:spec" in sys.modules:
+        return cast("type[Method]", getattr(sys.modules[f"{module}:spec"], cls))
     package, _, _ = module.rpartition(".")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
@@ -60,6 +64,7 @@ def method_spec(name: str) -> type[Method]:
         imports_from = isinstance(node, ast.ImportFrom) and node.module in light
         if imports or imports_from or (isinstance(node, ast.ClassDef) and node.name == cls):
             body.append(node)
-    namespace: dict[str, Any] = {"__name__": f"{module}:spec"}
-    exec(compile(ast.Module(body, type_ignores=[]), str(file), "exec"), namespace)
-    return cast("type[Method]", namespace[cls])
+    # In sys.modules, because dataclasses and type hints look their module up there.
+    light_module = sys.modules[f"{module}:spec"] = types.ModuleType(f"{module}:spec")
+    exec(compile(ast.Module(body, type_ignores=[]), str(file), "exec"), light_module.__dict__)
+    return cast("type[Method]", getattr(light_module, cls))

@@ -194,14 +194,14 @@ def _check_keys(path: Path, kind: Kind, found: dict[str, Any]) -> None:
 
 
 def _explained(error: Exception, what: str) -> TrimtabError:
-    reason = " ".join(str(error).split())[:400] or type(error).__name__
+    reason = " ".join(str(error).split()) or type(error).__name__
     if out_of_memory(error):
         return TrimtabError(f"{what}: not enough memory; lower the dtype to bf16, or take a smaller model")
     if "trust_remote_code" in reason:
         return UsageError(
             f"{what}: it needs Python code that comes with it; read that code, and allow it with --trust-remote-code"
         )
-    return FormatError(f"{what}: {reason}")
+    return FormatError(f"{what}: {reason[:400]}")
 
 
 def _torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

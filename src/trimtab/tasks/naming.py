@@ -92,10 +92,10 @@ class NamingScore:
 def build(code: Path | None = None, *, train: int = 480, test: int = 100, seed: int = 0) -> NamingTask:
     """The task made from every *.py under `code`, or from the standard library of this Python.
 
-    Functions and methods of 80 to 400 characters count, without dunder methods, tests, names of fewer than three
-    letters, and bodies seen before. Folders of SKIPPED_FOLDERS (tests, caches, installed packages, tables) and hidden
-    ones are not entered, nor files test_*.py read. The same code and seed give the same task. Raises UsageError when
-    there is too little, with what was found.
+    Functions and methods whose code, as shown, has 80 to 400 characters count, without dunder methods, tests, names of
+    fewer than three letters, and bodies seen before. Folders of SKIPPED_FOLDERS (tests, caches, installed packages,
+    tables) and hidden ones are not entered, nor files test_*.py read. The same code and seed give the same task.
+    Raises UsageError when there is too little, with what was found.
     """
     root = Path(sysconfig.get_paths()["stdlib"]) if code is None else code
     if not root.is_dir():

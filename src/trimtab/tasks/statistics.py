@@ -42,9 +42,10 @@ def bootstrap(values: Sequence[float], *, seed: int = 0, draws: int = 2000, leve
     for start in range(0, draws, block):
         count = min(block, draws - start)
         means[start : start + count] = data[random.integers(0, data.size, (count, data.size))].mean(axis=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    ends = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     # A mean of resamples can leave the range of the values by rounding alone.
-    return Interval(float(max(low, data.min())), float(min(high, data.max())))
+    low, high = np.clip(ends, data.min(), data.max())
+    return Interval(float(low), float(high))
 
 
 def paired_bootstrap(

@@ -1,0 +1,94 @@
+"""The command line: one thin file per command. Imports nothing heavy, so that help and errors come at once."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import trimtab
+from trimtab.errors import TrimtabError, UsageError, did_you_mean
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("demo", "the main job on an embedded model, start to finish"),
+    "train": ("train", "train an adapter on a data file"),
+    "generate": ("generate", "answer prompts, each with the adapter you name"),
+    "chat": ("chat", "talk to a model, switching adapters as you go"),
+    "merge": ("merge", "put an adapter into the weights, and audit it"),
+    "export": ("export", "write an adapter in another tool's format"),
+    "data inspect": ("data_inspect", "see what is supervised, token by token, before training"),
+    "report": ("report", "one self-contained page about a run"),
+    "selftest": ("selftest", "show the equivalences trimtab rests on, on this machine and model"),
+    "list": ("list", "the methods, models, tasks and formats there are"),
+}
+"""Each command, its file here and its line in the help."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command and exit: 0 when fine, 1 when it failed, 2 for wrong usage."""
+    sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def run(argv: list[str]) -> int:
+    """Run one command and return its exit code. Errors are one line, a traceback only with --debug."""
+    # Threads that spin while they wait slow each other down on shared cores; read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        if not argv or argv[0] in ("-h", "--help", "help"):
+            print(_help())
+            return 0
+        if argv[0] == "--version":
+            print(f"trimtab {trimtab.__version__}")
+            return 0
+        name, rest = _command(argv)
+        command = importlib.import_module(f"trimtab.cli.{COMMANDS[name][0]}")
+        command.run(name, COMMANDS[name][1], rest)
+        return 0
+    except SystemExit as stop:  # argparse, after it has printed a command's help
+        return stop.code if isinstance(stop.code, int) else 0
+    except KeyboardInterrupt:
+        _complain("stopped; what was written so far is whole, and a training run goes on with --resume")
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except TrimtabError as error:
+        if "--debug" in argv:
+            raise
+        _complain(str(error))
+        return error.exit_code
+    except Exception as error:
+        if "--debug" in argv:
+            raise
+        text = " ".join(str(error).split())
+        _complain(f"unexpected {type(error).__name__}: {text} (run again with --debug for the traceback)")
+        return 1
+
+
+def _complain(message: str) -> None:
+    print(f"trimtab: {message}", file=sys.stderr)
+
+
+def _command(argv: list[str]) -> tuple[str, list[str]]:
+    for words in (2, 1):
+        name = " ".join(argv[:words])
+        if name in COMMANDS:
+            return name, argv[words:]
+    inside = [c for c in COMMANDS if c.startswith(argv[0] + " ")]
+    if inside:
+        if any(word in ("-h", "--help") for word in argv[1:]):
+            print("\n".join(f"trimtab {c}: {COMMANDS[c][1]}" for c in inside))
+            raise SystemExit(0)
+        raise UsageError(f"'{' '.join(argv[:2])}' is no command; there is: {', '.join('trimtab ' + c for c in inside)}")
+    raise UsageError(f"unknown command '{argv[0]}'{did_you_mean(argv[0], COMMANDS)} (see trimtab --help)")
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    return (
+        "usage: trimtab COMMAND ...\n\nAdapt large pretrained models with few parameters, and trust the result.\n\n"
+        + "\n".join(lines)
+        + "\n\nEach command has --help, --json for scripts, and --debug for tracebacks."
+    )

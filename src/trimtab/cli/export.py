@@ -1,0 +1,30 @@
+"""trimtab export: an adapter in another tool's format."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from trimtab.cli.common import ModelFlags, Screen, load_model, options
+from trimtab.options import option
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportFlags(ModelFlags):
+    adapter: str = option(help="the adapter's folder")
+    out: str = option(help="folder for the exported adapter")
+    format: Literal["peft"] = option("peft", "peft: a standard LoRA that PEFT and others load")
+
+
+def run(name: str, summary: str, argv: list[str]) -> None:
+    """Load the adapter on its model, so that it is known to fit, and write it anew."""
+    flags, output = options(ExportFlags, name, summary, argv)
+    screen = Screen(output)
+    import trimtab
+    from trimtab.formats.peft import export_peft
+
+    loaded = load_model(flags, screen)
+    adapter = trimtab.load(loaded.model, flags.adapter)
+    folder = export_peft(adapter, flags.out)
+    screen.say(f"{flags.format} adapter: {folder}")
+    screen.result({"adapter": str(folder), "format": flags.format})

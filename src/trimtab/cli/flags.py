@@ -1,0 +1,112 @@
+"""Command-line flags made from dataclasses: one field, one flag, the same checks as in YAML."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NoReturn
+
+from trimtab.errors import UsageError, did_you_mean
+from trimtab.options import type_name
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def parse(
+    command: str, summary: str, groups: Sequence[tuple[str, type]], argv: Sequence[str], notes: str = ""
+) -> dict[str, Any]:
+    """The values given on the command line, by field name, unconverted; prints the help and exits on --help.
+
+    groups: a title and a dataclass each. Fields that were not given are absent, so that a recipe file can
+    supply them. UsageError for an unknown flag, naming the nearest known ones.
+    """
+    parser = _Parser(
+        f"trimtab {command}", description=summary, epilog=notes, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
+    )  # fmt: skip
+    flags: list[str] = []
+    for title, cls in groups:
+        group = parser.add_argument_group(title)
+        hints = typing.get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            flags.append(_add(group, field, hints[field.name]))
+    known, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        wrong = next((u for u in unknown if u.startswith("-")), unknown[0])
+        if not wrong.startswith("-"):
+            raise UsageError(f"'{wrong}' is one argument too many for trimtab {command} (see --help)")
+        raise UsageError(f"unknown flag {wrong}{did_you_mean(wrong.split('=')[0], flags)} (see trimtab {command} --help)")
+    return {name: _value(value) for name, value in vars(known).items()}
+
+
+def _value(value: Any) -> Any:
+    """Pairs given as key=value become a mapping; everything else stays as it was typed."""
+    if isinstance(value, _Pairs):
+        pairs = {}
+        for item in value:
+            key, equals, text = item.partition("=")
+            if not equals:
+                raise UsageError(f"'{item}' must be written key=value")
+            pairs[key] = text
+        return pairs
+    return value
+
+
+class _Pairs(list[str]):
+    """Items of the form key=value."""
+
+
+class _Extend(argparse.Action):
+    """Collects the values of a flag that is given several times, or with several values."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        kind = _Pairs if self.const == "pairs" else list
+        setattr(namespace, self.dest, kind([*getattr(namespace, self.dest, []), *values]))
+
+
+def _add(group: Any, field: dataclasses.Field[Any], kind: Any) -> str:
+    name = "--" + field.name.replace("_", "-")
+    origin = typing.get_origin(kind)
+    text = field.metadata.get("help", "") + _default(field)
+    options: dict[str, Any] = {"help": text.replace("%", "%%")}
+    several = origin is tuple or origin in (dict, Mapping)
+    if several:
+        options |= {"action": _Extend, "nargs": "+", "const": "pairs" if origin is not tuple else None}
+    if field.metadata.get("positional"):
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        options["nargs"] = ("+" if required else "*") if several else (None if required else "?")
+        group.add_argument(field.name, metavar=field.name.upper(), **options)
+        return field.name
+    if kind is bool:
+        group.add_argument(name, action=argparse.BooleanOptionalAction, **options)
+    else:
+        group.add_argument(name, metavar=_metavar(kind), **options)
+    return name
+
+
+def _metavar(kind: Any) -> str:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return _metavar(next(a for a in args if a is not type(None)))
+    if origin is Literal:
+        return "{" + ",".join(str(a) for a in args) + "}"
+    if origin is tuple:
+        return _metavar(args[0])
+    if origin in (dict, Mapping):
+        return "KEY=VALUE"
+    return {"a whole number": "N", "a number": "X", "text": "TEXT"}.get(type_name(kind), "VALUE")
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default is dataclasses.MISSING:
+        return "" if field.default_factory is not dataclasses.MISSING else " (required)"
+    if field.default is None or field.default is False or field.default == () or field.default == "":
+        return ""
+    shown = " ".join(field.default) if isinstance(field.default, tuple) else field.default
+    return f" (default: {'yes' if shown is True else shown})"

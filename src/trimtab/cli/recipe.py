@@ -1,0 +1,148 @@
+"""A training recipe: what to train on what, how. Flags, YAML keys and the saved config.yaml are this."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from trimtab.cli.common import ModelFlags, Output, own
+from trimtab.cli.flags import parse
+from trimtab.deltas import METHODS, method_class, method_spec
+from trimtab.errors import UsageError, did_you_mean, problems_to_error
+from trimtab.options import option, read_mapping, read_yaml, to_mapping
+from trimtab.train.settings import Settings
+
+if TYPE_CHECKING:
+    from trimtab.deltas.method import Method
+
+
+@dataclasses.dataclass(frozen=True)
+class DataFlags:
+    """What to train on."""
+
+    data: str = option(help="training file (JSON, JSONL, CSV, Parquet, text; gzipped too) or hub data set")
+    eval_data: str | None = option(None, "evaluation file; its loss is measured, and overlap with the training data told")
+    layout: str = option("auto", "auto, alpaca, messages, sharegpt, prompt-completion or text")
+    limit: int | None = option(None, "use the first so many rows of the training data")
+    max_length: int = option(512, "longest example in tokens; the rest is cut off, and said")
+
+
+@dataclasses.dataclass(frozen=True)
+class PlaceFlags:
+    """Where the method goes."""
+
+    targets: tuple[str, ...] = option(("all-linear",), "modules: all-linear, names, globs, or re: and an expression")
+    exclude: tuple[str, ...] = option((), "modules to leave out of the targets")
+    bias: Literal["none", "all", "adapter-only"] = option("none", "biases to train besides")
+    extra_modules: tuple[str, ...] = option((), "modules to train whole besides, saved with the adapter")
+    slices: Mapping[str, str] = option(factory=dict, help="parts of fused projections, e.g. c_attn=1,0,1 for q and v of qkv")
+    adapter_dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "dtype of the adapter's parameters")
+
+    def parts(self) -> dict[str, tuple[bool, ...]]:
+        """`slices` as flags, one for each equal part. UsageError when they are not 0 and 1."""
+        found = {}
+        for pattern, flags in self.slices.items():
+            digits = flags.replace(" ", "").split(",")
+            if not set(digits) <= {"0", "1"}:
+                raise UsageError(f"slices {pattern}={flags}: write 1 or 0 for each equal part, such as 1,0,1")
+            found[pattern] = tuple(digit == "1" for digit in digits)
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFlags:
+    """Where the run goes."""
+
+    out: str | None = option(None, "the run's folder; by default runs/train-N")
+    resume: bool = option(False, "go on with the run in --out from its newest checkpoint")
+    log_to: tuple[str, ...] = option((), "also log to tensorboard, mlflow or wandb, through their own libraries")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Everything a training run is made from."""
+
+    model: ModelFlags
+    data: DataFlags
+    method: Method
+    place: PlaceFlags
+    training: Settings
+    run: RunFlags
+
+    def to_dict(self) -> dict[str, Any]:
+        """Flat keys and values, as in a YAML recipe; what says where the run goes is left out."""
+        method = self.method.options()
+        flat = {**to_mapping(self.model), **to_mapping(self.data), "method": method.pop("name"), **method}
+        return {**flat, **to_mapping(self.place), **to_mapping(self.training)}
+
+
+GROUPS = {"model": ModelFlags, "data": DataFlags, "place": PlaceFlags, "training": Settings, "run": RunFlags}
+TITLES = {"model": "model", "data": "data", "place": "where the method goes", "training": "training", "run": "run"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    config: str | None = option(None, "a YAML recipe; flags given beside it win")
+    method: str = option("lora", f"one of {', '.join(METHODS)}")
+
+
+def read_recipe(name: str, summary: str, argv: list[str]) -> tuple[Recipe, Output]:
+    """The recipe from --config and flags. Every wrong key and value is named at once."""
+    groups: list[tuple[str, type]] = [("recipe", _Choice)]
+    method = _method_name(argv)
+    groups += [(f"method {method}", method_spec(method))]
+    groups += [(TITLES[key], cls) for key, cls in GROUPS.items()]
+    given = parse(name, summary, [*groups, ("output", Output)], argv)
+    file = given.pop("config", None)
+    flat = {**(read_yaml(file) if file else {}), **given, "method": method}
+    flat = {key.replace("-", "_"): value for key, value in flat.items()}
+    return build_recipe(flat, file or f"trimtab {name}"), Output(**own(Output, given))
+
+
+def _method_name(argv: list[str]) -> str:
+    """The method, known before the flags are: they depend on it."""
+    words = [w for a in argv for w in (a.split("=", 1) if a.startswith("--") else [a])]
+    after = dict(zip(words, words[1:], strict=False))
+    config = read_yaml(after["--config"]) if "--config" in after else {}
+    name = str(after.get("--method", config.get("method", "lora")))
+    method_spec(name)
+    return name
+
+
+def build_recipe(flat: Mapping[str, Any], what: str) -> Recipe:
+    """A recipe from flat keys and values. UsageError lists every problem, before anything heavy is loaded."""
+    parts = {**GROUPS, "method": method_spec(str(flat["method"]))}
+    known = {f.name for part in parts.values() for f in dataclasses.fields(part)}
+    fine = known | {f.name for f in dataclasses.fields(Output)} | {"method"}
+    problems = [f"unknown key '{key}'{did_you_mean(key, fine)}" for key in flat if key not in fine]
+    values: dict[str, dict[str, Any]] = {}
+    for key, part in parts.items():
+        values[key], wrong = read_mapping(part, own(part, flat))
+        problems += wrong
+    problems_to_error(problems, what)
+    made = {key: part(**values[key]) for key, part in parts.items()}
+    made["method"] = method_class(str(flat["method"]))(**values["method"])
+    if made["data"].max_length < 2:
+        raise UsageError(f"{what}: max_length is {made['data'].max_length}, but must be at least 2")
+    return Recipe(**made)
+
+
+def write_config(recipe: Recipe, folder: Path) -> None:
+    """config.yaml of a run: the resolved recipe, which `--config` takes again."""
+    import yaml
+
+    from trimtab.files import write_whole
+
+    write_whole(folder / "config.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
+
+
+def check_same(recipe: Recipe, folder: Path) -> None:
+    """Refuse to resume a run with another recipe: it would not be the run that was interrupted."""
+    before = read_yaml(str(folder / "config.yaml"))
+    now = recipe.to_dict()
+    harmless = {"threads"}
+    changed = [f"{k}: {before.get(k)!r} then, {now.get(k)!r} now" for k in {**before, **now} if before.get(k) != now.get(k)]
+    changed = [line for line in changed if line.split(":")[0] not in harmless]
+    problems_to_error(changed, f"{folder} was started with another recipe")

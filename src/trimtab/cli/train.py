@@ -1,0 +1,172 @@
+"""trimtab train: an adapter from a data file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimtab.cli.common import Screen, load_model, new_run
+from trimtab.cli.recipe import Recipe, check_same, read_recipe, write_config
+from trimtab.errors import UsageError
+
+if TYPE_CHECKING:
+    from trimtab.adapt.adapter import Adapter
+    from trimtab.train.loop import FitResult, StepReport
+
+
+def run(name: str, summary: str, argv: list[str]) -> None:
+    """Read the recipe, train, say what came of it."""
+    recipe, output = read_recipe(name, summary, argv)
+    screen = Screen(output)
+    folder = new_run(recipe.run.out, "train", recipe.run.resume)
+    if recipe.run.resume:
+        check_same(recipe, folder)
+    result = train(recipe, folder, screen)
+    screen.say(
+        f"trained in {result['seconds']:.0f} s, {result['tokens_per_second']:.0f} tokens/s, "
+        f"loss {result['train_loss']:.3f} nats per token"
+        + (f", evaluation {result['eval_loss']:.3f}" if result["eval_loss"] is not None else "")
+    )
+    screen.say(f"adapter: {result['adapter']}\nnext:    trimtab report {folder}\n"
+               f"         trimtab merge --model {recipe.model.model} --adapter {result['adapter']} --out merged")  # fmt: skip
+    screen.result(result)
+
+
+def train(recipe: Recipe, folder: Path, screen: Screen) -> dict[str, Any]:
+    """Train as a recipe says, in a run folder. Returns the run's result, also written to result.json."""
+    from trimtab.train.metrics import LOGGERS, make_logger
+
+    unknown = [name for name in recipe.run.log_to if name not in LOGGERS]
+    if unknown:
+        raise UsageError(f"log_to is '{unknown[0]}', but must be one of {', '.join(LOGGERS)}")
+    loaded = load_model(recipe.model, screen)
+    examples, evaluation = read_examples(recipe, loaded.tokenizer, screen)
+    adapter = attach_recipe(recipe, loaded.model)
+    loggers = [make_logger(name, folder) for name in recipe.run.log_to]
+    write_config(recipe, folder)
+    return fit_run(recipe, adapter, loaded.tokenizer, examples, evaluation, folder, screen, loggers)
+
+
+def attach_recipe(recipe: Recipe, model: Any) -> Adapter:
+    """The recipe's method on its targets, with provenance."""
+    import trimtab
+    from trimtab.train.machine import DTYPES
+
+    place = recipe.place
+    adapter = trimtab.attach(
+        model,
+        recipe.method,
+        targets=place.targets,
+        exclude=place.exclude,
+        bias=place.bias,
+        extra_modules=place.extra_modules,
+        slices=place.parts(),
+        seed=recipe.training.seed,
+        dtype=DTYPES[place.adapter_dtype],
+    )
+    adapter.provenance["base_model"] = recipe.model.model
+    return adapter
+
+
+def read_examples(recipe: Recipe, tokenizer: Any, screen: Screen) -> tuple[list[Any], list[Any]]:
+    """The training and evaluation examples, checked; what is wrong stops, what is doubtful is said loudly."""
+    from trimtab.data.encode import encode
+    from trimtab.data.inspect import inspect
+    from trimtab.data.read import read
+
+    if tokenizer is None:
+        raise UsageError(f"{recipe.model.model} has no tokenizer, so text cannot be read for it")
+    flags = recipe.data
+    source = read(flags.data, layout=flags.layout, limit=flags.limit)
+    screen.say(source.describe())
+    against = read(flags.eval_data, layout=flags.layout) if flags.eval_data else None
+    examples = encode(source, tokenizer, max_length=flags.max_length)
+    found = inspect(source, examples, tokenizer, max_length=flags.max_length, against=against)
+    for warning in found.warnings:
+        screen.warn(warning)
+    if found.errors:
+        raise UsageError(f"{flags.data}: {'; '.join(found.errors)}")
+    screen.say(f"{found.tokens:,} tokens, {found.supervised_tokens:,} of them supervised")
+    return examples, encode(against, tokenizer, max_length=flags.max_length) if against else []
+
+
+def fit_run(
+    recipe: Recipe,
+    adapter: Adapter,
+    tokenizer: Any,
+    examples: list[Any],
+    evaluation: list[Any],
+    folder: Path,
+    screen: Screen,
+    loggers: list[Any],
+) -> dict[str, Any]:
+    """The loop with a progress bar; writes result.json."""
+    from trimtab.files import write_whole
+    from trimtab.train.loop import fit
+
+    with screen.progress("training", "steps") as update:
+
+        def on_step(report: StepReport) -> None:
+            update(report.step, report.steps)
+
+        done = fit(
+            adapter,
+            examples,
+            recipe.training,
+            eval_examples=evaluation,
+            out=folder,
+            resume=recipe.run.resume,
+            pad_id=tokenizer.pad_token_id or 0,
+            on_step=on_step,
+            loggers=loggers,
+        )
+    result = describe(recipe, adapter, done)
+    write_whole(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    write_whole(folder / "layers.json", json.dumps(layer_changes(adapter)) + "\n")
+    return result
+
+
+def layer_changes(adapter: Adapter) -> list[dict[str, Any]]:
+    """‖ΔW‖/‖W‖ of every adapted weight."""
+    import torch
+
+    rows = []
+    with torch.no_grad():
+        for path, delta in adapter.deltas.items():
+            weight: Any = adapter.sites[path].weight
+            change = delta.weight_change(weight).norm() / weight.float().norm()
+            rows.append({"name": path, "relative_change": change.item()})
+    return rows
+
+
+def describe(recipe: Recipe, adapter: Adapter, done: FitResult) -> dict[str, Any]:
+    """The figures of a run, and what they depend on."""
+    import platform
+
+    import torch
+    import transformers
+
+    import trimtab
+
+    model = adapter.model
+    own = {id(p) for p in adapter.parameters()}
+    return {
+        **dataclasses.asdict(done),
+        "model": recipe.model.model,
+        "method": recipe.method.options(),
+        "adapted_modules": len(adapter.deltas),
+        "trainable_parameters": sum(p.numel() for p in adapter.parameters()),
+        "base_parameters": sum(p.numel() for p in model.parameters() if id(p) not in own),
+        "dtype": str(next(p for p in model.parameters() if id(p) not in own).dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "trimtab": trimtab.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
