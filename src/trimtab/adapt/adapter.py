@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from trimtab.adapt.module import Adapted, Copies, FrozenStatistics, Routes, carried, drop
+from trimtab.adapt.module import Adapted, Copies, FrozenStatistics, Routes, carried, drop, release_statistics
 from trimtab.adapt.select import Placement
 from trimtab.deltas.delta import Delta
-from trimtab.deltas.layout import original_class
 from trimtab.deltas.method import Method
 from trimtab.errors import UsageError, did_you_mean
 
@@ -31,7 +30,7 @@ class ModelState:
 
     adapters: dict[str, Adapter]
     was_trainable: list[nn.Parameter]
-    frozen_norms: list[tuple[nn.Module, bool]]
+    frozen_norms: list[nn.Module]
     active: tuple[str, ...] = ()
     merged: Merged | None = None
 
@@ -41,7 +40,7 @@ class Adapter:
 
     method, placement: what the user asked for. provenance: where it came from (base model, seed), saved beside
     it. By module path: sites holds the adapted modules, deltas the delta of each weight, copies the trained
-    copies of biases and extra modules.
+    copies of biases and extra modules. whole: paths of the modules that are trained whole, the outermost ones.
     """
 
     def __init__(
@@ -55,6 +54,7 @@ class Adapter:
         self.sites: dict[str, nn.Module] = {}
         self.deltas: dict[str, Delta] = {}
         self.copies: dict[str, Copies] = {}
+        self.whole: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.parameters())
@@ -63,12 +63,16 @@ class Adapter:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(path.parameter, parameter) of everything this adapter trains; a shared copy once."""
         seen: set[int] = set()
-        for part in (self.deltas, self.copies):
-            for path, module in cast("dict[str, nn.Module]", part).items():
-                for name, parameter in module.named_parameters():
-                    if id(parameter) not in seen:
-                        seen.add(id(parameter))
-                        yield f"{path}.{name}", parameter
+        for place, module in self._parts():
+            for name, parameter in module.named_parameters():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield f"{place}.{name}", parameter
+
+    def _parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """(place, module) of each delta and of each set of copies; the places differ where a module has both."""
+        yield from self.deltas.items()
+        yield from ((f"{path}.copy", copies) for path, copies in self.copies.items())
 
     def parameters(self) -> list[nn.Parameter]:
         """Everything this adapter trains; the base is not among it."""
@@ -76,23 +80,20 @@ class Adapter:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything needed to resume, by path: factors, buffers, trained copies. References, not clones."""
-        state = {}
-        for part in (self.deltas, self.copies):
-            for path, module in cast("dict[str, nn.Module]", part).items():
-                state.update({f"{path}.{key}": tensor for key, tensor in module.state_dict().items()})
-        return state
+        return {f"{place}.{key}": t for place, module in self._parts() for key, t in module.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Write a `state_dict` back in place. UsageError when names or shapes differ."""
+        """Write a `state_dict` back in place. UsageError when names, shapes or dtypes differ."""
         own = self.state_dict()
         for key in [*(own.keys() - state.keys()), *(state.keys() - own.keys())][:1]:
             raise UsageError(
                 f"the saved state {'lacks' if key in own else 'has a foreign'} '{key}'{did_you_mean(key, own)}"
             )
         for key, tensor in own.items():
-            if tensor.shape != state[key].shape:
+            saved, here = [(list(t.shape), t.dtype) for t in (state[key], tensor)]
+            if saved != here:
                 raise UsageError(
-                    f"'{key}' is {list(state[key].shape)} in the saved state, but {list(tensor.shape)} here"
+                    f"'{key}' is {saved[0]} in {saved[1]} in the saved state, but {here[0]} in {here[1]} here"
                 )
         with torch.no_grad():
             for key, tensor in own.items():
@@ -106,16 +107,16 @@ class Adapter:
     @property
     def enabled(self) -> bool:
         """Whether the model's forward uses this adapter."""
-        return self.name in state_of(self.model).active
+        return self.name in own_state(self).active
 
     def enable(self) -> AbstractContextManager[None]:
         """Use this adapter beside those already enabled; as a context manager, until its end."""
-        active = state_of(self.model).active
+        active = own_state(self).active
         return _Switched(self.model, active if self.enabled else (*active, self.name))
 
     def disable(self) -> AbstractContextManager[None]:
         """Stop using this adapter; as a context manager, until its end."""
-        return _Switched(self.model, tuple(n for n in state_of(self.model).active if n != self.name))
+        return _Switched(self.model, tuple(n for n in own_state(self).active if n != self.name))
 
     def save(self, path: str | Path) -> Path:
         """Write the adapter as a folder in PEFT's layout, atomically. Returns the folder."""
@@ -125,14 +126,14 @@ class Adapter:
 
     def remove(self) -> None:
         """Take the adapter off. With the last one gone the model is what it was, bit for bit and class for class."""
-        state = state_of(self.model)
+        state = own_state(self)
         if state.merged is not None and self.name in state.merged.names:
             raise UsageError(f"adapter '{self.name}' is merged: unmerge it before removing it")
         set_active(self.model, tuple(n for n in state.active if n != self.name))
         for module in self.sites.values():
             drop(module, self.name)
         del state.adapters[self.name]
-        self.sites, self.deltas, self.copies = {}, {}, {}
+        self.sites, self.deltas, self.copies, self.whole = {}, {}, {}, ()
         if not state.adapters:
             _release(self.model, state)
 
@@ -156,9 +157,8 @@ class _Switched:
 def _release(model: nn.Module, state: ModelState) -> None:
     for parameter in state.was_trainable:
         parameter.requires_grad_(True)
-    for norm, training in state.frozen_norms:
-        norm.__class__ = original_class(norm)
-        norm.training = training
+    for norm in state.frozen_norms:
+        release_statistics(norm)
     delattr(model, STATE)
 
 
@@ -168,6 +168,14 @@ def state_of(model: nn.Module) -> ModelState:
     if state is None:
         raise UsageError(f"this {type(model).__name__} has no adapter: attach or load one first")
     return cast("ModelState", state)
+
+
+def own_state(adapter: Adapter) -> ModelState:
+    """The state of an adapter's model. UsageError when the adapter was removed."""
+    state: ModelState | None = getattr(adapter.model, STATE, None)
+    if state is None or state.adapters.get(adapter.name) is not adapter:
+        raise UsageError(f"adapter '{adapter.name}' was removed from its model: attach or load it again")
+    return state
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -192,9 +200,13 @@ def adapted_modules(model: nn.Module) -> list[Adapted]:
 
 
 def set_active(model: nn.Module, names: tuple[str, ...]) -> None:
-    """Enable exactly these adapters. UsageError when one that is merged into the weights is not among them."""
+    """Enable exactly these adapters. UsageError when one that is merged into the weights is not among them.
+
+    Nor can two be enabled at once that both have a trained copy of the same parameter.
+    """
     _check(model, names)
     state = state_of(model)
+    _refuse_two_copies([state.adapters[name] for name in names])
     merged = state.merged.names if state.merged else ()
     for name in merged:
         if name not in names:
@@ -202,6 +214,18 @@ def set_active(model: nn.Module, names: tuple[str, ...]) -> None:
     for module in adapted_modules(model):
         module._active = tuple(n for n in names if n not in merged and n in carried(module))
     state.active = names
+
+
+def _refuse_two_copies(enabled: Sequence[Adapter]) -> None:
+    taken: dict[str, str] = {}
+    for adapter in enabled:
+        for path, copies in adapter.copies.items():
+            for name in (*copies._parameters, *copies._buffers):
+                other = taken.setdefault(f"{path}.{name}", adapter.name)
+                if other != adapter.name:
+                    raise UsageError(
+                        f"adapters '{other}' and '{adapter.name}' both replace {path}.{name}: switch to one of them"
+                    )
 
 
 def switch(model: nn.Module, name: str | None) -> None:
@@ -235,10 +259,11 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
         yield
     finally:
         for module, routed in zip(modules, before, strict=True):
-            module._routes = routed
+            if isinstance(module, Adapted):  # and not removed meanwhile
+                module._routes = routed
 
 
 def frozen_norm_class(module: nn.Module) -> bool:
     """Whether a module is a batch norm whose running statistics training would overwrite."""
     tracks = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
-    return tracks and not isinstance(module, Adapted | FrozenStatistics)
+    return tracks and not isinstance(module, FrozenStatistics)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.adapt.adapter import STATE, Adapter, ModelState, frozen_norm_class, set_active
-from trimtab.adapt.module import Copies, FrozenStatistics, put, subclass
-from trimtab.adapt.select import Placement, Site, choose, shared_parameters
+from trimtab.adapt.module import Copies, freeze_statistics, put, refuse_clash
+from trimtab.adapt.select import Placement, Site, base_modules, choose, read_past_forward, shared_parameters
 from trimtab.deltas.delta import Delta
 from trimtab.deltas.layout import slice_layout
 from trimtab.deltas.method import Method
@@ -56,11 +56,13 @@ def attach(
         raise UsageError("every target is among the extra modules, which are trained whole already")
     _check_patterns(method, placement, sites)
     generator = torch.Generator().manual_seed(seed)
-    deltas = {site.path: (site.module, fresh_delta(method, placement, site, generator)) for site in sites}
+    deltas = {site.path: (site.module, _fitting_delta(method, placement, site, generator)) for site in sites}
     copied = _copied_names(model, placement, deltas, extra)
-    install(adapter, deltas, _make_copies(model, copied), dtype)
-    count, base = sum(p.numel() for p in adapter.parameters()), sum(p.numel() for p in model.parameters())
-    log.info("%s on %d modules: %s of %s parameters", method.name, len(deltas), f"{count:,}", f"{base:,}")
+    whole = {path for path, name in copied if path in extra or name != "bias"}
+    install(adapter, deltas, _make_copies(copied), dtype, outermost(whole, {**extra, **dict.fromkeys(whole)}))
+    own = adapter.parameters()
+    count, total = sum(p.numel() for p in own), sum(p.numel() for p in model.parameters())
+    log.info("%s on %d modules: %s parameters beside %s", method.name, len(deltas), f"{count:,}", f"{total - count:,}")
     return adapter
 
 
@@ -77,6 +79,16 @@ def check_name(model: nn.Module, name: str) -> None:
         raise UsageError(
             f"adapter '{state.merged.names[0]}' is merged into the weights: unmerge it before adding another"
         )
+
+
+def _fitting_delta(method: Method, placement: Placement, site: Site, generator: torch.Generator) -> Delta:
+    delta = fresh_delta(method, placement, site, generator)
+    parts: Any = delta.parts if isinstance(delta, Sliced) else [delta]
+    for part in parts:
+        why = part.method.unfit(part.layout)
+        if why is not None:
+            raise UsageError(f"{site.path} [{part.layout.out_features}, {part.layout.in_features}]: {why}")
+    return delta
 
 
 def fresh_delta(method: Method, placement: Placement, site: Site, generator: torch.Generator) -> Delta:
@@ -120,13 +132,16 @@ def _check_patterns(method: Method, placement: Placement, sites: list[Site]) -> 
 def _extra(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
     """The modules to train whole, by path: those named, and every module within them."""
     found: dict[str, nn.Module] = {}
-    everything = dict(model.named_modules())
+    everything = base_modules(model)
     for pattern in patterns:
         roots = [p for p in everything if p and matches(pattern, p)]
         if not roots:
             near = sorted({p.rpartition(".")[2] for p in everything if p})
             raise UsageError(f"extra module '{pattern}' matches no module (there are: {', '.join(near[:12])})")
-        found.update({p: m for p, m in everything.items() if any(p == r or p.startswith(r + ".") for r in roots)})
+        within = {p: m for p, m in everything.items() if any(p == r or p.startswith(r + ".") for r in roots)}
+        if not any(module._parameters for module in within.values()):
+            raise UsageError(f"extra module '{pattern}' names {roots[0]}, which has no parameters to train")
+        found.update(within)
     return found
 
 
@@ -137,74 +152,107 @@ def _copied_names(
     chosen: dict[tuple[str, str], nn.Module] = {}
     if not extra and placement.bias == "none":
         return chosen
-    shared = shared_parameters(model)
-    everything = dict(model.named_modules())
+    everything = base_modules(model)
     for path, module in extra.items():
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is None:
-                continue
-            chosen[path, name] = module
-            for other, other_name in shared.get(id(tensor), ()):
-                if (other, other_name) not in chosen:
-                    log.info("%s.%s is tied to %s.%s: both use the one trained copy", path, name, other, other_name)
-                    chosen[other, other_name] = everything[other]
+        lasting = [n for n in module._buffers if n not in module._non_persistent_buffers_set]
+        names = [*module._parameters, *lasting]
+        chosen.update({(path, n): module for n in names if tensor_of(module, n) is not None})
     if placement.bias != "none":
         for path, module in everything.items():
             if module._parameters.get("bias") is not None and (placement.bias == "all" or path in deltas):
                 chosen[path, "bias"] = module
+    _add_tied(model, chosen, everything)
+    unseen = read_past_forward(model)
+    for (path, name), module in chosen.items():
+        if module in unseen:
+            raise UsageError(
+                f"{path}.{name} cannot be trained as a copy: it is inside a {unseen[module]}, which reads it without "
+                "calling the module"
+            )
+        if name == "weight" and path in deltas:
+            raise UsageError(
+                f"{path}.weight is tied to a module that is trained whole: leave {path} out of the targets"
+            )
     return chosen
 
 
-def _make_copies(model: nn.Module, copied: dict[tuple[str, str], nn.Module]) -> dict[str, tuple[nn.Module, Copies]]:
+def _add_tied(model: nn.Module, chosen: dict[tuple[str, str], nn.Module], everything: Mapping[str, nn.Module]) -> None:
+    """Let every holder of a tied parameter use the one trained copy."""
+    shared = shared_parameters(model)
+    for (path, name), module in list(chosen.items()):
+        for other, other_name in shared.get(id(module._parameters.get(name)), ()):
+            if (other, other_name) not in chosen:
+                log.info("%s.%s is tied to %s.%s: both use the one trained copy", path, name, other, other_name)
+                chosen[other, other_name] = everything[other]
+
+
+def tensor_of(module: nn.Module | None, name: str) -> Tensor | None:
+    """The parameter or buffer `name` of a module itself, or None."""
+    if module is None:
+        return None
+    found = module._parameters.get(name)
+    return found if found is not None else module._buffers.get(name)
+
+
+def outermost(paths: set[str], within: Mapping[str, Any]) -> tuple[str, ...]:
+    """Of the modules `within`, the outermost that hold one of `paths`."""
+    holding = {w for w in within if any(p == w or p.startswith(w + ".") for p in paths)}
+    return tuple(sorted(w for w in holding if not any(w.startswith(h + ".") for h in holding)))
+
+
+def _make_copies(copied: dict[tuple[str, str], nn.Module]) -> dict[str, tuple[nn.Module, Copies]]:
     clones: dict[int, nn.Parameter | Tensor] = {}
     parameters: dict[str, dict[str, nn.Parameter]] = {}
     buffers: dict[str, dict[str, Tensor]] = {}
     for (path, name), module in copied.items():
-        tensor = module._parameters.get(name)
-        source = tensor if tensor is not None else module._buffers[name]
+        source = tensor_of(module, name)
         assert source is not None
         if id(source) not in clones:
             clone = source.detach().clone()
-            clones[id(source)] = nn.Parameter(clone) if tensor is not None else clone
+            clones[id(source)] = nn.Parameter(clone) if isinstance(source, nn.Parameter) else clone
         copy = clones[id(source)]
-        parameters.setdefault(path, {}), buffers.setdefault(path, {})
         if isinstance(copy, nn.Parameter):
-            parameters[path][name] = copy
+            parameters.setdefault(path, {})[name] = copy
         else:
-            buffers[path][name] = copy
+            buffers.setdefault(path, {})[name] = copy
     modules = {path: module for (path, _), module in copied.items()}
-    return {path: (module, Copies(parameters[path], buffers[path])) for path, module in modules.items()}
+    return {p: (module, Copies(parameters.get(p, {}), buffers.get(p, {}))) for p, module in modules.items()}
 
 
 def install(
     adapter: Adapter,
     deltas: dict[str, tuple[nn.Module, Delta]],
     copies: dict[str, tuple[nn.Module, Copies]],
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None,
+    whole: tuple[str, ...],
 ) -> None:
-    """Put finished deltas and copies on the model under the adapter's name, and enable it alone."""
+    """Put finished deltas and copies on the model under the adapter's name, and enable it alone.
+
+    dtype: of the deltas; None keeps each as it is. whole: paths of the modules trained whole.
+    """
     model = adapter.model
+    for part in (deltas, copies):
+        for path, (module, _) in part.items():
+            refuse_clash(path, module)
+    for module, delta in deltas.values():
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        if weight.device.type != "cpu" or dtype not in (None, torch.float32):
+            delta.to(device=weight.device, dtype=dtype)
     state: ModelState | None = getattr(model, STATE, None)
     if state is None:
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        state = ModelState({}, trainable, [])
+        state = ModelState({}, [p for p in model.parameters() if p.requires_grad], [])
         model.requires_grad_(False)
+    for module in model.modules():
+        if frozen_norm_class(module):
+            freeze_statistics(module)
+            state.frozen_norms.append(module)
     for path, (module, delta) in deltas.items():
-        weight: Tensor = module.weight  # type: ignore[assignment]
-        if weight.device.type != "cpu" or dtype != torch.float32:
-            delta.to(device=weight.device, dtype=dtype)
-        if not module.training:
-            delta.eval()
         put(module, adapter.name, delta=delta)
         adapter.sites[path], adapter.deltas[path] = module, delta
     for path, (module, copy) in copies.items():
-        put(module, adapter.name, copies=copy.train(module.training))
+        put(module, adapter.name, copies=copy)
         adapter.sites[path], adapter.copies[path] = module, copy
-    for module in model.modules():
-        if frozen_norm_class(module):
-            state.frozen_norms.append((module, module.training))
-            module.__class__ = subclass(type(module), FrozenStatistics)
-            module.training = False
+    adapter.whole = whole
     state.adapters[adapter.name] = adapter
     setattr(model, STATE, state)
     set_active(model, (adapter.name,))

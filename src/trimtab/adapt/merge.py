@@ -8,28 +8,28 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from trimtab.adapt.adapter import Adapter, adapters, set_active, state_of
+from trimtab.adapt.adapter import Adapter, adapters, own_state, set_active, state_of
+from trimtab.adapt.attach import tensor_of
 from trimtab.adapt.module import Adapted, carried, put, restore_module
 from trimtab.adapt.probe import Outputs, compare, run_probes
-from trimtab.adapt.select import shared_parameters
+from trimtab.adapt.select import base_modules, shared_parameters
+from trimtab.deltas.delta import Delta, wide
 from trimtab.errors import TrimtabError, UsageError
+from trimtab.files import whole_folder
 
 log = logging.getLogger("trimtab")
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerAudit:
-    """What a merge did to one weight. Norms are Frobenius norms, computed in fp32.
+    """What a merge did to one weight. Norms are Frobenius norms, computed in fp32; W is the weight in the merged dtype.
 
     relative_change: ‖ΔW‖/‖W‖. unchanged_share: share of the weights with a change that rounding left as they were.
     realised_share: ‖W' − W‖/‖ΔW‖. error_share: ‖(W' − W) − ΔW‖/‖ΔW‖.
@@ -72,7 +72,8 @@ class MergeAudit:
         changes = sorted(x.relative_change for x in self.layers)
         text = (
             f"merged {len(self.layers)} weights into {self.dtype}: ‖ΔW‖/‖W‖ median {changes[len(changes) // 2]:.2%}, "
-            f"{mean['unchanged_share']:.1%} of weights unchanged by rounding, rounding error {mean['error_share']:.2%} of ΔW"
+            f"{mean['unchanged_share']:.1%} of weights unchanged by rounding, "
+            f"rounding error {mean['error_share']:.2%} of ΔW"
         )
         if self.max_logit_difference is not None:
             text += f"; largest output difference {self.max_logit_difference:.2g}"
@@ -83,9 +84,10 @@ class MergeAudit:
 
 @dataclasses.dataclass
 class Merged:
-    """Which adapters are in the weights, and what to put back to take them out."""
+    """Which adapters are in the weights, in which dtype (None: each weight's own), and what to put back."""
 
     names: tuple[str, ...]
+    dtype: torch.dtype | None
     originals: list[tuple[nn.Module, str, Any]]
     stripped: list[nn.Module]
 
@@ -109,27 +111,27 @@ def merge(
     transformers', each a tensor, tuple or mapping given to the model. Raises MergeError when the merged weights
     equal the base, UsageError when the weight is tied to a module outside the adapter.
     """
-    model, state = adapter.model, state_of(adapter.model)
-    already = state.merged.names if state.merged else ()
+    model, state = adapter.model, own_state(adapter)
+    already, earlier = (state.merged.names, state.merged.dtype) if state.merged else ((), None)
     if adapter.name in already:
         raise UsageError(f"adapter '{adapter.name}' is merged already")
     _refuse_tied(adapter)
-    before, names = state.active, (*already, adapter.name)
-    set_active(model, names)
-    wanted = run_probes(model, tokenizer, probes)
-    _take_out(model)
+    before, names, dtype = state.active, (*already, adapter.name), dtype or earlier
     try:
+        set_active(model, names)
+        wanted = run_probes(model, tokenizer, probes)
+        _take_out(model)
         layers = _put_in(model, names, dtype)
-        if not any(x.realised_share > 0 for x in layers) and not _copies_differ(adapter):
+        if not any(x.realised_share > 0 for x in layers) and not _copies_differ(adapter, dtype):
             raise MergeError(_nothing_changed(adapter, layers))
-    except Exception:
+        set_active(model, names)
+        got = run_probes(model, tokenizer, probes)
+    except BaseException:
         _take_out(model)
         if already:
-            _put_in(model, already, dtype)
+            _put_in(model, already, earlier)
         set_active(model, before)
         raise
-    set_active(model, names)
-    got = run_probes(model, tokenizer, probes)
     set_active(model, (*names, *(n for n in before if n not in names)))
     return _audit(adapter, layers, dtype, wanted, got)
 
@@ -137,13 +139,13 @@ def merge(
 @torch.no_grad()
 def unmerge(adapter: Adapter) -> None:
     """Put the base's own weight tensors back: exact in every dtype. Other merged adapters stay merged."""
-    state = state_of(adapter.model)
+    state = own_state(adapter)
     if state.merged is None or adapter.name not in state.merged.names:
         raise UsageError(f"adapter '{adapter.name}' is not merged")
-    rest = tuple(n for n in state.merged.names if n != adapter.name)
+    rest, dtype = tuple(n for n in state.merged.names if n != adapter.name), state.merged.dtype
     _take_out(adapter.model)
     if rest:
-        _put_in(adapter.model, rest, None)
+        _put_in(adapter.model, rest, dtype)
     set_active(adapter.model, state.active)
 
 
@@ -158,91 +160,110 @@ def _refuse_tied(adapter: Adapter) -> None:
             )
 
 
-def _changed(adapter: Adapter) -> Iterator[tuple[nn.Module, str, str, Any]]:
-    """(module, path, parameter name, source) of everything an adapter changes; source is a Delta or a copy."""
-    for path, delta in adapter.deltas.items():
-        yield adapter.sites[path], path, "weight", delta
-    for path, copy in adapter.copies.items():
-        for name, tensor in (*copy._parameters.items(), *copy._buffers.items()):
-            yield adapter.sites[path], path, name, tensor
+@dataclasses.dataclass
+class _Change:
+    """What becomes of one tensor of the base: a trained copy may replace it, and deltas change it."""
+
+    path: str
+    module: nn.Module
+    name: str
+    copy: Tensor | None = None
+    deltas: list[tuple[str, Delta]] = dataclasses.field(default_factory=list)
+
+    @property
+    def base(self) -> Tensor:
+        return cast("Tensor", tensor_of(self.module, self.name))
+
+
+def _changes(known: Mapping[str, Adapter], names: tuple[str, ...]) -> list[_Change]:
+    found: dict[tuple[str, str], _Change] = {}
+    for name in names:
+        adapter = known[name]
+        for path, delta in adapter.deltas.items():
+            change = found.setdefault((path, "weight"), _Change(path, adapter.sites[path], "weight"))
+            change.deltas.append((name, delta))
+        for path, copies in adapter.copies.items():
+            for own, tensor in (*copies._parameters.items(), *copies._buffers.items()):
+                found.setdefault((path, own), _Change(path, adapter.sites[path], own)).copy = tensor
+    return list(found.values())
 
 
 def _put_in(model: nn.Module, names: tuple[str, ...], dtype: torch.dtype | None) -> list[LayerAudit]:
     """Replace every changed tensor, and with a dtype every other tensor too. Figures are of the last adapter's ΔW."""
     state, known = state_of(model), adapters(model)
-    merged = state.merged = Merged(names, [], [])
-    base: dict[tuple[int, str], Tensor] = {}
-    new: dict[tuple[int, str], tuple[nn.Module, Tensor]] = {}
+    merged = state.merged = Merged(names, dtype, [], [])
     layers: list[LayerAudit] = []
-    for name in names:
-        for module, path, parameter, source in _changed(known[name]):
-            key = (id(module), parameter)
-            old = module._parameters.get(parameter)
-            old = module._buffers[parameter] if old is None else old
-            assert old is not None
-            base.setdefault(key, old)
-            if isinstance(source, Tensor):
-                new[key] = (module, source.to(dtype or old.dtype) if old.is_floating_point() else source)
-                continue
-            change = source.layout.shaped(source.weight_change(base[key]), base[key])
-            sum_so_far = new[key][1].float() if key in new else base[key].float()
-            new[key] = (module, (sum_so_far + change).to(dtype or old.dtype))
-            if name == names[-1]:
-                layers.append(_layer_audit(path, base[key], sum_so_far, change, new[key][1]))
-    for (_, parameter), (module, tensor) in new.items():
-        _replace(merged, module, parameter, tensor)
+    placed: dict[int, Tensor] = {}
+    done: set[tuple[int, str]] = set()
+    for change in _changes(known, names):
+        done.add((id(change.module), change.name))
+        if change.deltas:
+            tensor, audits = _summed(change, dtype)
+            layers += [audit for name, audit in audits if name == names[-1]]
+        else:
+            copy = cast("Tensor", change.copy)
+            if id(copy) not in placed:  # tied copies stay tied
+                placed[id(copy)] = _as_held(_in_dtype(copy, change.base, dtype).clone(), copy)
+            tensor = placed[id(copy)]
+        _replace(merged, change.module, change.name, tensor)
     if dtype is not None:
-        _cast_rest(model, merged, dtype, {(id(m), p) for (_, p), (m, _) in new.items()})
+        _cast_rest(model, merged, dtype, done)
     _strip(merged, known, names)
     return layers
 
 
-def _layer_audit(path: str, base: Tensor, before: Tensor, change: Tensor, new: Tensor) -> LayerAudit:
-    realised, size = new.float() - before, change.norm().item()
+def _in_dtype(tensor: Tensor, like: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.detach().to((dtype or like.dtype) if like.is_floating_point() else like.dtype)
+
+
+def _summed(change: _Change, dtype: torch.dtype | None) -> tuple[Tensor, list[tuple[str, LayerAudit]]]:
+    """W plus all its changes, added in fp32 and rounded once, and what rounding made of each of them."""
+    start = change.base if change.copy is None else change.copy
+    total, audits = wide(start), []
+    for name, delta in change.deltas:
+        step = delta.layout.shaped(delta.weight_change(start), start)
+        before, total = total, total + step
+        rounded = [_in_dtype(t, change.base, dtype) for t in (before, total)]
+        audits.append((name, _layer_audit(change.path, rounded[0], rounded[1], step)))
+    return _as_held(_in_dtype(total, change.base, dtype), change.base), audits
+
+
+def _as_held(tensor: Tensor, like: Tensor) -> Tensor:
+    return nn.Parameter(tensor, requires_grad=False) if isinstance(like, nn.Parameter) else tensor
+
+
+def _layer_audit(path: str, before: Tensor, after: Tensor, change: Tensor) -> LayerAudit:
+    """before, after: the weight without and with the change, both rounded to the merged dtype."""
+    realised, size, norm = wide(after) - wide(before), change.norm().item(), wide(before).norm().item()
     touched = change != 0
     count = int(touched.sum())
-    unchanged = ((realised == 0) & touched).sum().item() / count if count else 1.0
-    error = (realised - change).norm().item()
-    norm = base.float().norm().item()
     return LayerAudit(
         path,
         size / norm if norm else float("inf") if size else 0.0,
-        unchanged,
+        int(((realised == 0) & touched).sum()) / count if count else 1.0,
         realised.norm().item() / size if size else 0.0,
-        error / size if size else 0.0,
+        (realised - change).norm().item() / size if size else 0.0,
     )
 
 
 def _replace(merged: Merged, module: nn.Module, name: str, tensor: Tensor) -> None:
-    is_parameter = name in module._parameters
-    holder: dict[str, Any] = module._parameters if is_parameter else module._buffers
+    holder: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
     merged.originals.append((module, name, holder[name]))
-    holder[name] = nn.Parameter(tensor.detach().clone(), requires_grad=False) if is_parameter else tensor.clone()
+    holder[name] = tensor
 
 
 def _cast_rest(model: nn.Module, merged: Merged, dtype: torch.dtype, done: set[tuple[int, str]]) -> None:
-    own = {
-        id(m)
-        for adapter in adapters(model).values()
-        for part in (adapter.deltas, adapter.copies)
-        for root in cast("Mapping[str, nn.Module]", part).values()
-        for m in root.modules()
-    }
-    cast_once: dict[int, Any] = {}
-    for module in model.modules():
-        if id(module) in own:
-            continue
-        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+    """Cast everything that a checkpoint holds; what is computed, such as rotary frequencies, keeps its precision."""
+    cast_once: dict[int, Tensor] = {}
+    for module in base_modules(model).values():
+        lasting = [name for name in module._buffers if name not in module._non_persistent_buffers_set]
+        for name in (*module._parameters, *lasting):
+            tensor = tensor_of(module, name)
             if tensor is None or (id(module), name) in done or tensor.dtype == dtype or not tensor.is_floating_point():
                 continue
-            holder: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
-            merged.originals.append((module, name, tensor))
             if id(tensor) not in cast_once:  # tied tensors stay tied
-                wide = tensor.detach().to(dtype)
-                cast_once[id(tensor)] = (
-                    nn.Parameter(wide, requires_grad=False) if holder is module._parameters else wide
-                )
-            holder[name] = cast_once[id(tensor)]
+                cast_once[id(tensor)] = _as_held(tensor.detach().to(dtype), tensor)
+            _replace(merged, module, name, cast_once[id(tensor)])
 
 
 def _strip(merged: Merged, known: dict[str, Adapter], names: tuple[str, ...]) -> None:
@@ -260,24 +281,29 @@ def _take_out(model: nn.Module) -> None:
     if state.merged is None:
         return
     for module, name, tensor in reversed(state.merged.originals):
-        (module._parameters if name in module._parameters else module._buffers)[name] = tensor
+        holder: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
+        if tensor.device != holder[name].device:  # the merged model was moved
+            tensor.data = tensor.data.to(holder[name].device)
+        holder[name] = tensor
     stripped = {id(module) for module in state.merged.stripped}
     for name, adapter in state.adapters.items():
         for path, module in adapter.sites.items():
             if id(module) in stripped:
-                device = cast("Tensor", next(iter(module._parameters.values()))).device
+                device = next(t.device for t in module._parameters.values() if t is not None)
                 delta, copies = adapter.deltas.get(path), adapter.copies.get(path)
                 put(module, name, delta and delta.to(device), copies and copies.to(device))
     state.merged = None
 
 
-def _copies_differ(adapter: Adapter) -> bool:
-    for module, name, tensor in cast("Merged", state_of(adapter.model).merged).originals:
-        now = module._parameters.get(name)
-        now = module._buffers.get(name) if now is None else now
-        if now is not None and now.dtype == tensor.dtype and not torch.equal(now, tensor):
-            return True
-    return False
+def _copies_differ(adapter: Adapter, dtype: torch.dtype | None) -> bool:
+    """Whether a trained copy of this adapter differs from the base's own tensor. Both are compared in the merged dtype."""
+    originals = {(id(m), n): t for m, n, t in cast("Merged", state_of(adapter.model).merged).originals}
+    return any(
+        not torch.equal(_in_dtype(tensor, base, dtype), _in_dtype(base, base, dtype))
+        for path, copies in adapter.copies.items()
+        for name, tensor in copies.state_dict().items()
+        for base in (originals[id(adapter.sites[path]), name],)
+    )
 
 
 def _nothing_changed(adapter: Adapter, layers: list[LayerAudit]) -> str:
@@ -293,7 +319,7 @@ def _audit(
     adapter: Adapter, layers: list[LayerAudit], dtype: torch.dtype | None, wanted: Outputs, got: Outputs
 ) -> MergeAudit:
     difference, agreement, positions = compare(wanted, got)
-    used = dtype or next((adapter.sites[p].weight.dtype for p in adapter.deltas), None)  # type: ignore[union-attr]
+    used = dtype or next((adapter.sites[p].weight.dtype for p in adapter.deltas), None)
     name = str(used).removeprefix("torch.") if used is not None else "the model's dtype"
     audit = MergeAudit(adapter.name, name, tuple(layers), difference, agreement, positions, wanted.kind)
     log.info("%s", audit.summary())
@@ -301,28 +327,23 @@ def _audit(
 
 
 def save_merged(model: nn.Module, folder: str | Path, *, tokenizer: Any = None) -> Path:
-    """Write a merged transformers model as a folder that plain transformers loads, with its tokenizer and chat template.
+    """Write a merged transformers model as a folder that plain transformers loads, with tokenizer and chat template.
 
     Atomic: the folder appears whole or not at all. Raises UsageError when nothing is merged or the folder exists.
     """
-    state = state_of(model)
-    if state.merged is None:
+    if state_of(model).merged is None:
         raise UsageError("nothing is merged: call merge(adapter) first")
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder} exists and is not empty: choose another folder")
-    weights = {k: v for k, v in model.state_dict().items() if ".deltas." not in k and ".copies." not in k}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    if not hasattr(model, "save_pretrained"):
+        raise UsageError(f"a {type(model).__name__} has no save_pretrained: save its state_dict() instead")
+    own = tuple(
+        f"{path}.{part}."
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, Adapted)
+        for part in ("deltas", "copies")
+    )
+    weights = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(own)}
+    with whole_folder(folder) as partial:
         cast("Any", model).save_pretrained(partial, state_dict=weights)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        partial.chmod(0o755)
-        if folder.exists():
-            folder.rmdir()
-        os.replace(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return folder
+    return Path(folder)

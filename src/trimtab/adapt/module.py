@@ -6,15 +6,14 @@ holds, parameter names and state-dict keys of the base stay, and taking the delt
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from trimtab.deltas.delta import Delta
-from trimtab.deltas.layout import original_class
 from trimtab.errors import UsageError
 
 Routes = tuple[tuple[str | None, Tensor], ...]
@@ -32,10 +31,23 @@ class Copies(nn.Module):
             self.register_buffer(name, buffer)
 
 
-class Adapted:
-    """Mixed in before the class of an adapted module. Its attributes are set by `adapt_module`."""
+class _Reclassed:
+    """A module whose class was made here: the class `original_class` with a mixin before it."""
 
     original_class: type[nn.Module]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class has no importable name: rebuild it from the base class and the mixins, then restore the state.
+        cls, mixins = cast("Any", type(self)), []
+        while issubclass(cls, _Reclassed):
+            mixins.append(cls.__bases__[0])
+            cls = cls.original_class
+        return _empty, (cls, *reversed(mixins)), cast("Any", super()).__getstate__()
+
+
+class Adapted(_Reclassed):
+    """Mixed in before the class of an adapted module. Its attributes are set by `adapt_module`."""
+
     deltas: nn.ModuleDict
     copies: nn.ModuleDict | None
     """Made only where an adapter trains copies here; most modules have none, and attaching stays quick."""
@@ -51,24 +63,28 @@ class Adapted:
         """The module's output with the named adapters."""
         deltas = cast("list[Delta]", [self.deltas[n] for n in names if n in self.deltas])
         copies = cast("list[Copies]", [self.copies[n] for n in names if n in self.copies] if self.copies else [])
-        if len(copies) > 1:
-            raise UsageError("two enabled adapters both replace the same parameters: switch to one of them")
         if not copies:
             return self._changed(deltas, args, kwargs)
         module = cast("nn.Module", self)
-        parameters, buffers = dict(module._parameters), dict(module._buffers)
-        module._parameters.update(copies[0]._parameters)
-        module._buffers.update(copies[0]._buffers)
+        parameters, buffers, training = dict(module._parameters), dict(module._buffers), module.training
+        for copy in copies:
+            module._parameters.update(copy._parameters)
+            if copy._buffers:  # statistics of the adapter's own, which training may move
+                module._buffers.update(copy._buffers)
+                module.training = copy.training
         try:
             return self._changed(deltas, args, kwargs)
         finally:
+            for copy in copies:  # a forward may put new tensors in the place of its buffers
+                copy._buffers.update({name: module._buffers[name] for name in copy._buffers})
             module._parameters.update(parameters)
             module._buffers.update(buffers)
+            module.training = training
 
     def _changed(self, deltas: list[Delta], args: Any, kwargs: Any) -> Any:
         if not deltas:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        x: Tensor = args[0] if args else kwargs["input"]
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
         weight, bias = cast("Tensor", self.weight), cast("Tensor | None", getattr(self, "bias", None))  # type: ignore[attr-defined]
         y = deltas[0](x, weight, bias)
         for delta in deltas[1:]:
@@ -78,67 +94,114 @@ class Adapted:
     def _routed(self, args: Any, kwargs: Any) -> Any:
         """Each row of the batch through its own adapter: groups of rows, put back in order."""
         rows, routes = cast("tuple[int, Routes]", self._routes)
-        x = args[0]
-        if x.shape[0] != rows:
+        batch = next((x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and x.dim()), None)
+        if batch is None or batch.shape[0] != rows:
+            got = "no batch" if batch is None else f"a batch of {batch.shape[0]}"
             raise UsageError(
-                f"rows() was given {rows} names, but a {type(self).original_class.__name__} received a batch of {x.shape[0]}: "
+                f"rows() was given {rows} names, but a {self._class_name()} received {got}: "
                 "give one name for each row, and adapt no module whose input has no batch dimension"
             )
         pieces = []
         for name, index in routes:
-            own = index.to(x.device)
-            picked = tuple(a[own] if isinstance(a, Tensor) and a.shape[:1] == x.shape[:1] else a for a in args)
-            pieces.append(self._as((name,) if name else (), picked, kwargs))
-        order = torch.cat([index for _, index in routes]).argsort().to(x.device)
-        return torch.cat(pieces)[order]
+            own = index.to(batch.device)
+            picked_args, picked_kwargs = tree_map(lambda x, own=own: _rows(x, own, rows), (args, kwargs))
+            pieces.append(tree_flatten(self._as((name,) if name else (), picked_args, picked_kwargs)))
+        order = torch.cat([index for _, index in routes]).argsort().to(batch.device)
+        leaves = [self._joined(parts, routes, order) for parts in zip(*(leaves for leaves, _ in pieces), strict=True)]
+        return tree_unflatten(leaves, pieces[0][1])
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class has no importable name: rebuild it from the base class, then restore the state.
-        return _empty, (type(self).original_class,), cast("Any", super()).__getstate__()
+    def _joined(self, parts: tuple[Any, ...], routes: Routes, order: Tensor) -> Any:
+        """One output of every group as the output of the batch."""
+        if not isinstance(parts[0], Tensor):
+            return parts[0]
+        if any(part.shape[:1] != index.shape for part, (_, index) in zip(parts, routes, strict=True)):
+            raise UsageError(f"rows() cannot route a {self._class_name()}: its output has no batch dimension")
+        return torch.cat(parts)[order]
+
+    def _class_name(self) -> str:
+        return type(self).original_class.__name__
 
 
-class FrozenStatistics:
-    """Mixed in before a batch norm of the frozen base: its running statistics are part of the base."""
+def _rows(x: Any, own: Tensor, rows: int) -> Any:
+    return x[own] if isinstance(x, Tensor) and x.shape[:1] == (rows,) else x
 
-    original_class: type[nn.Module]
+
+class FrozenStatistics(_Reclassed):
+    """Mixed in before a batch norm of the frozen base: its running statistics are part of the base.
+
+    _trains: the mode the model was put in, for the adapters' copies and for when the norm is let go.
+    """
+
+    _trains: bool
 
     def train(self, mode: bool = True) -> Any:
-        return super().train(False)  # type: ignore[misc]
+        super().train(mode)  # type: ignore[misc]
+        self._trains, self.training = mode, False
+        return self
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _empty, (type(self).original_class, FrozenStatistics), cast("Any", super()).__getstate__()
+
+def freeze_statistics(module: nn.Module) -> None:
+    """Keep a norm's running statistics from moving, whatever mode the model is in."""
+    training = module.training
+    module.__class__ = subclass(type(module), FrozenStatistics)
+    module._trains, module.training = training, False  # type: ignore[assignment]
 
 
-@functools.cache
+def release_statistics(module: nn.Module) -> None:
+    """Undo `freeze_statistics`."""
+    training = mode_of(module)
+    del module._trains
+    module.__class__ = cast("Any", type(module)).original_class
+    module.training = training
+
+
+def mode_of(module: nn.Module) -> bool:
+    """Whether a module is in training mode; for a frozen norm, the mode the model was put in."""
+    return module._trains if isinstance(module, FrozenStatistics) else module.training
+
+
+_CLASSES: dict[tuple[Any, type], type[nn.Module]] = {}
+
+
 def subclass(base: type[nn.Module], mixin: type) -> type[nn.Module]:
-    """The class `base` with `mixin` before it."""
-    return type(
-        f"{mixin.__name__}{base.__name__}", (mixin, base), {"__module__": base.__module__, "original_class": base}
-    )
+    """The class `base` with `mixin` before it; always the same one."""
+    if (base, mixin) not in _CLASSES:
+        members = {"__module__": base.__module__, "original_class": base}
+        _CLASSES[base, mixin] = type(f"{mixin.__name__}{base.__name__}", (mixin, base), members)
+    return _CLASSES[base, mixin]
 
 
-def _empty(base: type[nn.Module], mixin: type = Adapted) -> nn.Module:
-    return cast("nn.Module", object.__new__(subclass(base, mixin)))
+def _empty(base: type[nn.Module], *mixins: type) -> nn.Module:
+    for mixin in mixins:
+        base = subclass(base, mixin)
+    return cast("nn.Module", object.__new__(base))
+
+
+def refuse_clash(path: str, module: nn.Module) -> None:
+    """UsageError when a module that is not adapted yet has an attribute that adapting it would overwrite."""
+    for name in () if isinstance(module, Adapted) else ("deltas", "copies", "_active", "_routes"):
+        if hasattr(module, name):
+            raise UsageError(f"{path} ({type(module).__name__}) already has an attribute '{name}', which trimtab needs")
 
 
 def adapt_module(module: nn.Module) -> None:
     """Give a module the adapted class and room for deltas; nothing when it has them."""
     if isinstance(module, Adapted):
         return
-    for name in ("deltas", "copies"):
-        if hasattr(module, name):
-            raise UsageError(f"a {type(module).__name__} already has an attribute '{name}', which trimtab needs")
     module.__class__ = subclass(type(module), Adapted)
     module.deltas = nn.ModuleDict()
     module.copies = None
     module._active = ()  # type: ignore[assignment]
-    module._routes = None  # type: ignore[assignment]
+    module._routes = None
 
 
 def put(module: nn.Module, name: str, delta: Delta | None = None, copies: Copies | None = None) -> None:
     """Give a module an adapter's delta or copies, adapting its class first where that is still to be done."""
     adapt_module(module)
     adapted = cast("Adapted", module)
+    for part in (delta, copies):
+        if part is not None and part.training != mode_of(module):
+            part.train(mode_of(module))
     if delta is not None:
         adapted.deltas[name] = delta
     if copies is not None:
@@ -165,4 +228,4 @@ def drop(module: nn.Module, name: str) -> None:
 def restore_module(module: nn.Module) -> None:
     """Undo `adapt_module`: the class and the attributes the module had."""
     del module.deltas, module.copies, module._active, module._routes
-    module.__class__ = original_class(module)
+    module.__class__ = cast("Any", type(module)).original_class

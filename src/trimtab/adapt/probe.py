@@ -9,6 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from trimtab.adapt.module import mode_of, set_mode
+
 PROMPTS = (
     "The capital of France is",
     "Water boils at a temperature of",
@@ -34,12 +36,13 @@ class Outputs:
 def run_probes(model: nn.Module, tokenizer: Any, probes: Sequence[Any] | None) -> Outputs:
     """The model's outputs on the probes given, on prompts in words, or on seeded inputs; none when neither fits."""
     inputs, kind = _inputs(model, tokenizer, probes)
-    training = model.training
+    modes = [(module, mode_of(module)) for module in model.modules()]
     model.eval()
     try:
         results = [_call(model, item) for item in inputs]
     finally:
-        model.train(training)
+        for module, training in modes:
+            set_mode(module, training)
     return Outputs(tuple(r for r, _ in results), kind, all(t for _, t in results) and bool(results))
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from trimtab.adapt.module import Adapted
 from trimtab.deltas.layout import Layout, layout_of, original_class
 from trimtab.errors import UsageError
 from trimtab.patterns import matches
 
+log = logging.getLogger("trimtab")
 ALL_LINEAR = "all-linear"
 
 
@@ -42,37 +45,57 @@ class Site:
     layout: Layout
 
 
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of the base by path, each once, in the model's order; what adapters put among them left out."""
+    own = {
+        id(inner)
+        for module in model.modules()
+        if isinstance(module, Adapted)
+        for part in (module.deltas, module.copies)
+        if part is not None
+        for inner in part.modules()
+    }
+    return {path: module for path, module in model.named_modules() if id(module) not in own}
+
+
 def adaptable(model: nn.Module) -> tuple[dict[str, Site], dict[str, str]]:
     """(sites by path, reasons by path): what can be adapted, and why a module with a weight cannot."""
     sites: dict[str, Site] = {}
     refused: dict[str, str] = {}
-    unseen = _read_past_forward(model)
-    for path, module in model.named_modules():
-        if ".deltas." in f".{path}." or not isinstance(getattr(module, "weight", None), nn.Parameter):
+    unseen = read_past_forward(model)
+    for path, module in base_modules(model).items():
+        if not isinstance(getattr(module, "weight", None), nn.Parameter):
             continue
         layout = layout_of(module)
         if module in unseen:
-            refused[path] = f"is inside {unseen[module]}, which reads its weight without calling it"
+            refused[path] = f"is inside a {unseen[module]}, which reads its weight without calling it"
         elif layout is None:
             refused[path] = (
                 f"is a {original_class(module).__name__}, which is not a linear, convolution or embedding layer"
             )
-        elif not module.weight.is_floating_point():  # type: ignore[operator,union-attr]
+        elif not module.weight.is_floating_point():  # type: ignore[operator]
             refused[path] = f"holds {module.weight.dtype} numbers: load the model in a floating-point dtype"
         else:
             sites[path] = Site(path, module, layout)
     return sites, refused
 
 
-def _read_past_forward(model: nn.Module) -> dict[nn.Module, str]:
+def read_past_forward(model: nn.Module) -> dict[nn.Module, str]:
     """Modules whose parent computes with their weights directly, so that a change there would do nothing."""
     parents = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-    return {m: type(p).__name__ for p in model.modules() if isinstance(p, parents) for m in p.modules() if m is not p}
+    return {
+        module: original_class(parent).__name__
+        for parent in model.modules()
+        if isinstance(parent, parents)
+        for module in parent.modules()
+        if module is not parent
+    }
 
 
 def choose(model: nn.Module, targets: Sequence[str], exclude: Sequence[str] = ()) -> list[Site]:
     """The sites that `targets` name and `exclude` does not, in the model's order. UsageError names what is wrong."""
     sites, refused = adaptable(model)
+    modules = base_modules(model)
     chosen: set[str] = set()
     for target in targets:
         found = _linear_paths(model, sites) if target == ALL_LINEAR else [p for p in sites if matches(target, p)]
@@ -91,6 +114,9 @@ def choose(model: nn.Module, targets: Sequence[str], exclude: Sequence[str] = ()
         chosen.difference_update(out)
     if not chosen:
         raise UsageError("the targets and exclusions leave no module to adapt")
+    for path in sorted(refused) if ALL_LINEAR in targets else ():
+        if isinstance(modules[path], nn.Linear):
+            log.warning("%s is left out of all-linear: it %s", path, refused[path])
     return [site for path, site in sites.items() if path in chosen]
 
 
@@ -104,7 +130,7 @@ def head_modules(model: nn.Module) -> set[nn.Module]:
     """The output embeddings of a transformers model, and the classification heads of one."""
     get_head: Any = getattr(model, "get_output_embeddings", None)
     heads = {get_head()} if get_head is not None else set()
-    if "Classification" in type(model).__name__:
+    if any(task in type(model).__name__ for task in ("Classification", "QuestionAnswering", "MultipleChoice")):
         for name in ("score", "classifier", "qa_outputs", "classification_head"):
             head = getattr(model, name, None)
             heads.update(head.modules() if isinstance(head, nn.Module) else ())
@@ -115,7 +141,7 @@ def _no_match(target: str, model: nn.Module, sites: dict[str, Site], refused: di
     for path in refused:
         if path and matches(target, path):
             return f"target '{target}' names {path}, which {refused[path]}"
-    for path, module in model.named_modules():
+    for path, module in base_modules(model).items():
         if path and matches(target, path):
             inside = sorted({p.rpartition(".")[2] for p in sites if p.startswith(path + ".")})
             hint = f"; name its layers: {', '.join(inside)}" if inside else ""
@@ -135,7 +161,7 @@ def _near(pattern: str, paths: Iterable[str]) -> str:
 def shared_parameters(model: nn.Module) -> dict[int, list[tuple[str, str]]]:
     """id of each parameter that several modules hold → [(module path, parameter name)]: the tied weights."""
     holders: dict[int, list[tuple[str, str]]] = {}
-    for path, module in model.named_modules():
+    for path, module in base_modules(model).items():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 holders.setdefault(id(parameter), []).append((path, name))

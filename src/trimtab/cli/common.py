@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,7 +85,7 @@ class Screen:
 
     @contextmanager
     def progress(self, what: str, unit: str = "") -> Iterator[Callable[[int, int], None]]:
-        """A bar with rate and time left, for work of over 2 s; the block calls update(done, total). Quiet off a terminal."""
+        """A bar with rate and time left, for long work; the block calls update(done, total). Quiet off a terminal."""
         from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 
         class Rate(ProgressColumn):
@@ -118,8 +117,8 @@ def load_model(flags: Any, screen: Screen, kind: str = "causal-lm") -> Any:
         kind=kind,  # type: ignore[arg-type]
         progress=screen.say,
     )
-    name = str(machine.dtype).removeprefix("torch.")
-    screen.say(f"{flags.model}: {loaded.model.num_parameters():,} parameters in {name}, {machine.threads} threads ({machine.reason})")
+    size = f"{loaded.model.num_parameters():,} parameters in {str(machine.dtype).removeprefix('torch.')}"
+    screen.say(f"{flags.model}: {size}, {machine.threads} threads ({machine.reason})")
     return loaded
 
 
@@ -128,7 +127,8 @@ def new_run(out: str | None, kind: str, resume: bool = False) -> Path:
     if out is None:
         if resume:
             raise UsageError("--resume needs the run's folder: give --out")
-        taken = [int(p.name.rpartition("-")[2]) for p in Path("runs").glob(f"{kind}-*") if p.name.rpartition("-")[2].isdigit()]
+        numbers = (path.name.rpartition("-")[2] for path in Path("runs").glob(f"{kind}-*"))
+        taken = [int(number) for number in numbers if number.isdigit()]
         return Path("runs") / f"{kind}-{max(taken, default=0) + 1}"
     path = Path(out)
     if path.exists() and not path.is_dir():

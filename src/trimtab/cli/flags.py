@@ -41,7 +41,9 @@ def parse(
         wrong = next((u for u in unknown if u.startswith("-")), unknown[0])
         if not wrong.startswith("-"):
             raise UsageError(f"'{wrong}' is one argument too many for trimtab {command} (see --help)")
-        raise UsageError(f"unknown flag {wrong}{did_you_mean(wrong.split('=')[0], flags)} (see trimtab {command} --help)")
+        raise UsageError(
+            f"unknown flag {wrong}{did_you_mean(wrong.split('=')[0], flags)} (see trimtab {command} --help)"
+        )
     return {name: _value(value) for name, value in vars(known).items()}
 
 

@@ -39,7 +39,12 @@ def _methods() -> list[dict[str, Any]]:
 
     specs = {name: method_spec(name) for name in METHODS}
     return [
-        {"method": n, "map": s.formula, "saved as": s.peft_type and f"PEFT {s.peft_type}" or "trimtab", "source": s.paper}
+        {
+            "method": n,
+            "map": s.formula,
+            "saved as": (s.peft_type and f"PEFT {s.peft_type}") or "trimtab",
+            "source": s.paper,
+        }
         for n, s in specs.items()
     ]
 

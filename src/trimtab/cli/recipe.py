@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +24,9 @@ class DataFlags:
     """What to train on."""
 
     data: str = option(help="training file (JSON, JSONL, CSV, Parquet, text; gzipped too) or hub data set")
-    eval_data: str | None = option(None, "evaluation file; its loss is measured, and overlap with the training data told")
+    eval_data: str | None = option(
+        None, "evaluation file: its loss is measured, and its overlap with the training data told"
+    )
     layout: str = option("auto", "auto, alpaca, messages, sharegpt, prompt-completion or text")
     limit: int | None = option(None, "use the first so many rows of the training data")
     max_length: int = option(512, "longest example in tokens; the rest is cut off, and said")
@@ -37,7 +40,7 @@ class PlaceFlags:
     exclude: tuple[str, ...] = option((), "modules to leave out of the targets")
     bias: Literal["none", "all", "adapter-only"] = option("none", "biases to train besides")
     extra_modules: tuple[str, ...] = option((), "modules to train whole besides, saved with the adapter")
-    slices: Mapping[str, str] = option(factory=dict, help="parts of fused projections, e.g. c_attn=1,0,1 for q and v of qkv")
+    slices: Mapping[str, str] = option(factory=dict, help="parts of a fused projection, e.g. c_attn=1,0,1 for q and v")
     adapter_dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "dtype of the adapter's parameters")
 
     def parts(self) -> dict[str, tuple[bool, ...]]:
@@ -104,7 +107,7 @@ def read_recipe(name: str, summary: str, argv: list[str]) -> tuple[Recipe, Outpu
 def _method_name(argv: list[str]) -> str:
     """The method, known before the flags are: they depend on it."""
     words = [w for a in argv for w in (a.split("=", 1) if a.startswith("--") else [a])]
-    after = dict(zip(words, words[1:], strict=False))
+    after = dict(itertools.pairwise(words))
     config = read_yaml(after["--config"]) if "--config" in after else {}
     name = str(after.get("--method", config.get("method", "lora")))
     method_spec(name)
@@ -142,7 +145,6 @@ def check_same(recipe: Recipe, folder: Path) -> None:
     """Refuse to resume a run with another recipe: it would not be the run that was interrupted."""
     before = read_yaml(str(folder / "config.yaml"))
     now = recipe.to_dict()
-    harmless = {"threads"}
-    changed = [f"{k}: {before.get(k)!r} then, {now.get(k)!r} now" for k in {**before, **now} if before.get(k) != now.get(k)]
-    changed = [line for line in changed if line.split(":")[0] not in harmless]
+    keys = [key for key in {**before, **now} if key != "threads" and before.get(key) != now.get(key)]
+    changed = [f"{key} was {before.get(key)!r}, and is {now.get(key)!r} now" for key in keys]
     problems_to_error(changed, f"{folder} was started with another recipe")

@@ -29,8 +29,10 @@ def run(name: str, summary: str, argv: list[str]) -> None:
         f"loss {result['train_loss']:.3f} nats per token"
         + (f", evaluation {result['eval_loss']:.3f}" if result["eval_loss"] is not None else "")
     )
-    screen.say(f"adapter: {result['adapter']}\nnext:    trimtab report {folder}\n"
-               f"         trimtab merge --model {recipe.model.model} --adapter {result['adapter']} --out merged")  # fmt: skip
+    screen.say(f"adapter: {result['adapter']}
+next:")
+    screen.say(f"  trimtab report {folder}")
+    screen.say(f"  trimtab merge --model {recipe.model.model} --adapter {result['adapter']} --out {folder / 'merged'}")
     screen.result(result)
 
 
@@ -168,5 +170,3 @@ def describe(recipe: Recipe, adapter: Adapter, done: FitResult) -> dict[str, Any
             "python": platform.python_version(),
         },
     }
-
-

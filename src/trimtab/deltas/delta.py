@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from trimtab.deltas.layout import Layout
@@ -29,7 +30,7 @@ class Delta(nn.Module):
         self.layout = layout
 
     def weight_change(self, weight: Tensor) -> Tensor:
-        """ΔW as a matrix [out, in] in fp32. weight: the frozen weight in the module's own shape."""
+        """ΔW as a matrix [out, in] in fp32 (fp64 where the delta is). weight: the frozen weight, in its own shape."""
         raise NotImplementedError
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
@@ -39,12 +40,13 @@ class Delta(nn.Module):
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The adapted map. x and the result have the module's own shapes and dtype."""
         # Added in fp32 and rounded once: in bf16, W + ΔW rounded term by term would lose small changes.
-        adapted = weight.float() + self.layout.shaped(self.weight_change(weight), weight)
+        adapted = wide(weight) + self.layout.shaped(self.weight_change(weight), weight)
         return self.layout.base(x, adapted.to(weight.dtype), bias)
 
     def branch(self, x: Tensor, weight: Tensor) -> Tensor:
         """What this delta adds to the module's output, for adding up several deltas."""
-        return self(x, weight, None) - self.layout.base(x, weight, None)
+        adapted: Tensor = self(x, weight, None)
+        return adapted - self.layout.base(x, weight, None)
 
     def after_step(self, step: int, weight: Tensor) -> None:
         """Called by the loop once per optimizer step, after it; never inside forward."""
@@ -63,8 +65,16 @@ class Delta(nn.Module):
         return None
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """A tensor in fp32, or in fp64 where it is that already: the precision in which changes are added up."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 def fill(own: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
-    """Give each tensor of `own` the values and dtype of the stored one. FormatError names the first that does not fit."""
+    """Give each tensor of `own` the values and dtype of the stored one. FormatError names the first misfit."""
+    foreign = next((name for name in stored if name not in own), None)
+    if foreign is not None:
+        raise FormatError(f"the file has a foreign '{foreign}' here")
     for name, tensor in own.items():
         if name not in stored:
             raise FormatError(f"the file lacks '{name}'")

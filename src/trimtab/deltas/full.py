@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from trimtab.deltas.delta import Delta
+from trimtab.deltas.delta import Delta, wide
 from trimtab.deltas.layout import Layout
 from trimtab.deltas.method import Method
 
@@ -38,4 +38,7 @@ class FullDelta(Delta):
         self.change = nn.Parameter(torch.zeros(layout.out_features, layout.in_features))
 
     def weight_change(self, weight: Tensor) -> Tensor:
-        return self.change.float()
+        return wide(self.change)
+
+    def branch(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.layout.base(x, self.layout.shaped(self.change, weight).to(weight.dtype), None)

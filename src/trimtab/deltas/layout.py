@@ -65,11 +65,13 @@ class Conv1DLayout(Layout):
 class EmbeddingLayout(Layout):
     """nn.Embedding: the weight is [vocabulary, dim], so out = dim and in = vocabulary.
 
-    scale: what the module multiplies its output by (1 for nn.Embedding; √dim in some decoders).
+    scale: what the module multiplies its output by (1 for nn.Embedding; √dim in some decoders). scale_rounded:
+    whether the module rounds that factor to its weight's dtype first.
     """
 
     padding_idx: int | None = None
     scale: float = 1.0
+    scale_rounded: bool = False
     kind = "embedding"
     lookup = True
 
@@ -80,12 +82,15 @@ class EmbeddingLayout(Layout):
         return matrix.T
 
     def base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y = F.embedding(x, weight, padding_idx=self.padding_idx)
-        return y if self.scale == 1.0 else y * torch.tensor(self.scale, dtype=y.dtype, device=y.device)
+        return self._scaled(F.embedding(x, weight, padding_idx=self.padding_idx))
 
     def low_rank(self, x: Tensor, B: Tensor, A: Tensor) -> Tensor:
-        y = F.linear(F.embedding(x, A.T, padding_idx=self.padding_idx), B)
-        return y if self.scale == 1.0 else y * self.scale
+        return self._scaled(F.linear(F.embedding(x, A.T, padding_idx=self.padding_idx), B))
+
+    def _scaled(self, y: Tensor) -> Tensor:
+        if self.scale == 1.0:
+            return y
+        return y * (torch.tensor(self.scale, dtype=y.dtype, device=y.device) if self.scale_rounded else self.scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +140,10 @@ def slice_layout(layout: Layout, start: int, stop: int) -> Layout:
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module, or of what it was before it was adapted."""
-    return getattr(type(module), "original_class", type(module))
+    cls = type(module)
+    while hasattr(cls, "original_class"):
+        cls = cls.original_class
+    return cls
 
 
 def layout_of(module: nn.Module) -> Layout | None:
@@ -160,13 +168,14 @@ def layout_of(module: nn.Module) -> Layout | None:
 
 
 def _embedding_layout(module: nn.Embedding) -> Layout | None:
-    scale = 1.0
-    own = original_class(module)
-    if own.forward is not nn.Embedding.forward:
-        if "ScaledWordEmbedding" not in own.__name__:
-            return None
-        scale = float(getattr(module, "scalar_embed_scale", None) or module.embed_scale)  # type: ignore[arg-type]
-    return EmbeddingLayout(module.embedding_dim, module.num_embeddings, module.padding_idx, scale)
+    own, sizes = original_class(module), (module.embedding_dim, module.num_embeddings, module.padding_idx)
+    if own.forward is nn.Embedding.forward:
+        return EmbeddingLayout(*sizes)
+    factor: Any = getattr(module, "embed_scale", None)
+    if "ScaledWordEmbedding" not in own.__name__ or factor is None:
+        return None
+    exact = getattr(module, "scalar_embed_scale", None)
+    return EmbeddingLayout(*sizes, float(factor if exact is None else exact), isinstance(factor, Tensor))
 
 
 def _conv_layout(module: Any, dimensions: int) -> Layout:

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trimtab.deltas.delta import Delta, fill
+from trimtab.deltas.delta import Delta, fill, wide
 from trimtab.deltas.layout import ConvLayout, EmbeddingLayout, Layout
 from trimtab.deltas.method import Method, positive
 from trimtab.errors import FormatError, UsageError
-from trimtab.options import option
+from trimtab.options import from_mapping, option
 from trimtab.patterns import first_match
 
 
@@ -83,21 +83,19 @@ class LoRA(Method):
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> LoRA:
-        refuse_unknown(config, PEFT_NEUTRAL)
-        patterns = {k: {_peft_pattern(p): v for p, v in (config.get(k) or {}).items()} for k in PEFT_PATTERNS}
-        return cls(
-            rank=config.get("r", 8),
-            alpha=float(config.get("lora_alpha", 8)),
-            dropout=float(config.get("lora_dropout", 0.0)),
-            init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
-            rslora=bool(config.get("use_rslora", False)),
-            **patterns,
-        )
+        refuse_features(config, PEFT_NEUTRAL, PEFT_MAPLESS)
+        values = {own: config[key] for own, key in PEFT_NAMES.items() if config.get(key) is not None}
+        for key in ("rank_pattern", "alpha_pattern"):
+            if isinstance(values.get(key), Mapping):
+                values[key] = {_peft_pattern(p): v for p, v in values[key].items()}
+        init = "gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming"
+        return from_mapping(cls, {"rank": 8, "alpha": 8, "init": init, **values}, "the adapter's configuration")
+
+    def unfit(self, layout: Layout) -> str | None:
+        smaller = min(layout.out_features, layout.in_features)
+        return f"rank {self.rank} is above {smaller}, the smaller side of the weight" if self.rank > smaller else None
 
     def delta(self, layout: Layout, weight: Tensor, generator: torch.Generator) -> LoRADelta:
-        smaller = min(layout.out_features, layout.in_features)
-        if self.rank > smaller:
-            raise UsageError(f"rank {self.rank} is above {smaller}, the smaller side of the weight")
         A = torch.empty(self.rank, layout.in_features)
         B = torch.zeros(layout.out_features, self.rank)
         if layout.lookup:
@@ -138,10 +136,10 @@ class LoRADelta(Delta):
         return self.method.rank, self.method.alpha
 
     def weight_change(self, weight: Tensor) -> Tensor:
-        return self.scale * (self.B.float() @ self.A.float())
+        return self.scale * (wide(self.B) @ wide(self.A))
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.scale * self.B.float(), self.A.float()
+        return self.scale * wide(self.B), wide(self.A)
 
     def branch(self, x: Tensor, weight: Tensor) -> Tensor:
         if self.method.dropout and self.training and not self.layout.lookup:
@@ -154,12 +152,23 @@ class LoRADelta(Delta):
         return self.layout.base(x, weight, bias) + self.branch(x, weight)
 
 
-PEFT_PATTERNS = ("rank_pattern", "alpha_pattern")
+PEFT_NAMES = {
+    "rank": "r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "rslora": "use_rslora",
+    "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern",
+}
+"""Fields of LoRA and their keys in adapter_config.json, with the same meaning."""
+
 PEFT_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False,),
-    "lora_bias": (False,),
-    "use_qalora": (False,),
-    "layer_replication": (None,),
+    # PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ write to the base, so their A and B belong to another one.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
+    "use_dora": (False, None),
+    "lora_bias": (False, None),
+    "use_qalora": (False, None),
+    "layer_replication": (None, []),
     "trainable_token_indices": (None,),
     "target_parameters": (None, []),
     "alora_invocation_tokens": (None,),
@@ -172,12 +181,35 @@ PEFT_NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Features of a PEFT LoRA that change its map and that trimtab does not have, with the values that leave it alone."""
 
+PEFT_MAPLESS = frozenset(
+    "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules "
+    "exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora modules_to_save layers_to_transform "
+    "layers_pattern rank_pattern alpha_pattern megatron_core loftq_config eva_config corda_config lora_ga_config "
+    "qalora_group_size runtime_config ensure_weight_tying".split()
+)
+"""Keys that either are read, or say how training started or where the tensors went, which the file itself shows."""
 
-def refuse_unknown(config: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]]) -> None:
-    """UsageError naming every feature of a PEFT configuration that is on and not supported."""
-    wrong = [f"{key}={config[key]!r}" for key, off in neutral.items() if key in config and config[key] not in off]
+
+def refuse_features(config: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]], mapless: frozenset[str]) -> None:
+    """UsageError naming every feature of a PEFT configuration that is on and not known to leave the map alone.
+
+    A key that nobody knows is let pass only while it is off: null, false or empty.
+    """
+    wrong = []
+    for key, value in config.items():
+        off = neutral.get(key, (None, False, [], {}, ""))
+        if key not in mapless and not any(value == o and type(value) is type(o) for o in off):
+            wrong.append(f"{key}={value!r}")
     if wrong:
-        raise UsageError(f"the adapter uses what trimtab does not have: {', '.join(wrong)}")
+        hint = (
+            ""
+            if "init_lora_weights" not in str(wrong)
+            else (
+                " (its A and B belong to a base that was changed: save it again with PEFT's "
+                "path_initial_model_for_weight_conversion)"
+            )
+        )
+        raise UsageError(f"the adapter uses what trimtab does not have: {', '.join(wrong)}{hint}")
 
 
 def _peft_pattern(pattern: str) -> str:

@@ -53,6 +53,10 @@ class Method:
         """Module patterns that fields of this method use; each must match a chosen module."""
         return ()
 
+    def unfit(self, layout: Layout) -> str | None:
+        """Why this method should not be put on a weight, or None. Asked when attaching, not when loading."""
+        return None
+
     def peft_config(self) -> dict[str, Any]:
         """The method's own keys of adapter_config.json, rank and alpha excepted (the deltas say those)."""
         return {}

@@ -33,7 +33,8 @@ class Sliced(Delta):
     def weight_change(self, weight: Tensor) -> Tensor:
         rows, at = [], 0
         for part, own, start, stop in self._each(weight):
-            rows += [own.new_zeros(start - at, own.shape[1], dtype=torch.float32), part.weight_change(own)]
+            change = part.weight_change(own)
+            rows += [change.new_zeros(start - at, own.shape[1]), change]
             at = stop
         rows.append(rows[-1].new_zeros(self.layout.out_features - at, self.layout.in_features))
         return torch.cat(rows)
@@ -45,16 +46,17 @@ class Sliced(Delta):
         return self._placed([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
 
     def _placed(self, Bs: list[Tensor]) -> Tensor:
-        B = torch.block_diag(*Bs)
+        B: Tensor = torch.block_diag(*Bs)  # type: ignore[no-untyped-call]
         rows = torch.cat([torch.arange(a, b, device=B.device) for a, b in self.ranges])
         return B.new_zeros(self.layout.out_features, B.shape[1]).index_copy(0, rows, B)
 
     def branch(self, x: Tensor, weight: Tensor) -> Tensor:
         pieces, at = [], 0
         for part, own, start, stop in self._each(weight):
-            pieces += [x.new_zeros(*x.shape[:-1], start - at), part.branch(x, own)]
+            piece = part.branch(x, own)
+            pieces += [piece.new_zeros(*x.shape[:-1], start - at), piece]
             at = stop
-        pieces.append(x.new_zeros(*x.shape[:-1], self.layout.out_features - at))
+        pieces.append(pieces[-1].new_zeros(*x.shape[:-1], self.layout.out_features - at))
         return torch.cat(pieces, dim=-1)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

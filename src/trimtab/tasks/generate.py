@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -145,3 +145,33 @@ def _batch(model: Any, rows: Sequence[Sequence[int]], settings: Any) -> list[lis
     before = 1 if model.config.is_encoder_decoder else longest
     new: list[list[int]] = output[:, before:].tolist()
     return [row[: next((i for i, token in enumerate(row) if token in ends), len(row))] for row in new]
+
+
+@torch.no_grad()
+def stream(
+    model: Any, tokenizer: Any, turns: Sequence[Turn], *, max_new_tokens: int, temperature: float = 0.0
+) -> Iterator[str]:
+    """The answer to a chat, piece by piece as it is computed. Raises UsageError as `generate` does.
+
+    temperature: 0 takes the likeliest token; above 0 samples, with torch's global random state.
+    """
+    ids = encode(tokenizer, turns)
+    _check_lengths(model, [ids], max_new_tokens)
+    ends = set(end_tokens(model, tokenizer))
+    device = device_of(model)
+    told, new = "", list[int]()
+    step: dict[str, Any] = {"input_ids": torch.tensor([ids], device=device)}
+    with evaluating(model):
+        for _ in range(max_new_tokens):
+            output = model(**step, use_cache=True)
+            logits = output.logits[0, -1].float()
+            sampled = temperature > 0
+            token = int((logits / temperature).softmax(-1).multinomial(1) if sampled else logits.argmax())
+            if token in ends:
+                break
+            new.append(token)
+            text = tokenizer.decode(new, skip_special_tokens=True)
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character may take several tokens
+                yield text[len(told) :]
+                told = text
+            step = {"input_ids": torch.tensor([[token]], device=device), "past_key_values": output.past_key_values}

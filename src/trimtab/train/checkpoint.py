@@ -1,4 +1,4 @@
-"""Checkpoints: everything a run needs to go on as if it had never stopped, written whole or not at all, never pickled."""
+"""Checkpoints: what a run needs to go on as if it had never stopped, written whole or not at all, never pickled."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(path: Path, adapter: Adapter, optimizer: Optimizer) -> Progress:
-    """Put a checkpoint back into the adapter, the optimizer and the random generators. FormatError when it does not fit."""
+    """Put a checkpoint back into adapter, optimizer and random generators. FormatError when it does not fit."""
     figures = read_json(path / FIGURES)
     tensors = read_tensors(path / TENSORS)
     adapter.load_state_dict({k[8:]: t for k, t in tensors.items() if k.startswith("adapter.")})

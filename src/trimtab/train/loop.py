@@ -157,7 +157,7 @@ def fit(
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Which examples each step takes and at what rate; a function of the settings alone, so a resumed run has the same."""
+    """Which examples each step takes and at what rate; from the settings alone, so a resumed run has the same."""
 
     lengths: tuple[int, ...]
     settings: Settings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import Any
 
@@ -12,11 +11,6 @@ from torch import Tensor, nn
 
 from trimtab.data.batch import Batch
 from trimtab.deltas.layout import original_class
-
-
-@functools.cache
-def _keeps_logits(cls: type) -> bool:
-    return "logits_to_keep" in inspect.signature(cls.forward).parameters  # type: ignore[attr-defined]
 
 
 def causal_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -31,7 +25,7 @@ def causal_loss(model: nn.Module, batch: Batch) -> Tensor:
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
     if batch.attention_mask is not None:
         inputs["attention_mask"] = batch.attention_mask
-    if _keeps_logits(original_class(model)):
+    if "logits_to_keep" in inspect.signature(original_class(model).forward).parameters:
         logits = model(**inputs, logits_to_keep=columns).logits
     else:
         logits = model(**inputs).logits[:, columns]

@@ -1,0 +1,239 @@
+"""trimtab demo: the main job on an embedded model, start to finish."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from trimtab.cli.common import Screen, load_model, new_run, options
+from trimtab.cli.recipe import Recipe, build_recipe, write_config
+from trimtab.cli.train import attach_recipe, fit_run
+from trimtab.files import write_whole
+from trimtab.options import option
+
+if TYPE_CHECKING:
+    from trimtab.adapt.adapter import Adapter
+    from trimtab.adapt.merge import MergeAudit
+    from trimtab.tasks.likelihood import ChoiceResult
+    from trimtab.tasks.naming import NamingScore, NamingTask
+
+INSTRUCTION_TOKENS = 512
+ANSWER_TOKENS = 16  # names of the standard library take 4 tokens in the median, 12 at most nearly always
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DemoFlags:
+    model: str = option("smollm2-135m", "short name (trimtab list models), folder, GGUF file or hub id")
+    code: str | None = option(None, "folder of Python files to learn from; by default the standard library")
+    functions: int = option(480, "functions to train on")
+    test_functions: int = option(100, "functions of other modules to test on")
+    rank: int = option(16, "rank of the LoRA")
+    lr: float = option(5e-4, "learning rate, falling linearly to 0")
+    seed: int = option(0, "of the split, the adapter's start and the order of the data")
+    out: str | None = option(None, "the run's folder; by default runs/demo-N")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "dtype to load the model in; auto takes bfloat16 only where this machine is quick at it"
+    )
+    threads: int | None = option(None, "CPU threads; by default measured")
+    trust_remote_code: bool = option(False, "run Python code that comes with the model")
+
+
+@dataclasses.dataclass(frozen=True)
+class Skill:
+    """What a model can do at one moment: the task, and general knowledge."""
+
+    answers: list[str]
+    naming: NamingScore
+    knowledge: ChoiceResult
+
+
+def run(name: str, summary: str, argv: list[str]) -> None:
+    """Test, train, test again, merge, audit, report."""
+    flags, output = options(DemoFlags, name, summary, argv)
+    screen = Screen(output)
+    started = time.perf_counter()
+    from trimtab.tasks import naming
+
+    task = naming.build(
+        Path(flags.code) if flags.code else None, train=flags.functions, test=flags.test_functions, seed=flags.seed
+    )
+    folder = new_run(flags.out, "demo")
+    screen.say(
+        "Teach a small language model to name Python functions, and see what it gains and forgets.", style="bold"
+    )
+    screen.say(
+        f"data: {len(task.train)} functions to learn from, {len(task.test)} of other modules to test on "
+        f"({len(task.modules_train)} and {len(task.modules_test)} modules)"
+    )
+    loaded = load_model(flags, screen)
+    recipe = _recipe(flags, task, folder)
+    before = measure(loaded, task, screen, "before")
+    adapter, result = _train(recipe, loaded, task, folder, screen)
+    after = measure(loaded, task, screen, "after")
+    audit, merged = _deliver(adapter, loaded, folder, screen)
+    result |= gains(task, before, after)
+    result |= {"merged": str(merged), "audit": str(folder / "audit.json"), "training_seconds": result["seconds"]}
+    result |= {"seconds": time.perf_counter() - started, "run": str(folder), "report": str(folder / "report.html")}
+    _write(folder, task, before, after, audit, result)
+    _tell(task, before, after, result, flags, screen)
+    screen.result(result)
+
+
+def _recipe(flags: DemoFlags, task: NamingTask, folder: Path) -> Recipe:
+    """The run as a recipe that `trimtab train --config` takes, with its data beside it."""
+    from trimtab.tasks import naming
+
+    for side, functions in (("train", task.train), ("test", task.test)):
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in naming.rows(functions))
+        write_whole(folder / "data" / f"{side}.jsonl", lines)
+    flat = {
+        "model": flags.model,
+        "dtype": flags.dtype,
+        "threads": flags.threads,
+        "trust_remote_code": flags.trust_remote_code,
+        "data": str(folder / "data" / "train.jsonl"),
+        "max_length": INSTRUCTION_TOKENS,
+        "method": "lora",
+        "rank": flags.rank,
+        "alpha": 2.0 * flags.rank,
+        "lr": flags.lr,
+        "schedule": "linear",
+        "batch_size": min(8, flags.functions),
+        "micro_batch": min(4, flags.functions),
+        "seed": flags.seed,
+        "out": str(folder),
+    }
+    recipe = build_recipe(flat, "trimtab demo")
+    write_config(recipe, folder)
+    return recipe
+
+
+def measure(loaded: Any, task: NamingTask, screen: Screen, when: str) -> Skill:
+    """Name the test functions and answer the knowledge questions."""
+    from trimtab.tasks import naming
+    from trimtab.tasks.generate import generate
+    from trimtab.tasks.knowledge import questions
+    from trimtab.tasks.likelihood import choice_scores
+
+    prompts = [[{"role": "user", "content": function.prompt}] for function in task.test]
+    with screen.progress(f"naming functions {when}", "functions") as update:
+        answers = generate(
+            loaded.model, loaded.tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, batch_size=20, progress=update
+        )
+    with screen.progress(f"answering questions {when}", "questions") as update:
+        knowledge = choice_scores(loaded.model, loaded.tokenizer, questions(), progress=update)
+    score = naming.score(answers, task.test)
+    screen.say(
+        f"{when} training: subtoken F1 {score.subtoken_f1:.3f}, exact match {score.exact_match:.1%}, "
+        f"knowledge {knowledge.accuracy:.1%} of {len(knowledge.correct)} questions"
+    )
+    return Skill(answers, score, knowledge)
+
+
+def _train(
+    recipe: Recipe, loaded: Any, task: NamingTask, folder: Path, screen: Screen
+) -> tuple[Adapter, dict[str, Any]]:
+    from trimtab.data.encode import encode
+    from trimtab.data.read import read
+
+    examples = encode(read(recipe.data.data), loaded.tokenizer, max_length=recipe.data.max_length)
+    adapter = attach_recipe(recipe, loaded.model)
+    result = fit_run(recipe, adapter, loaded.tokenizer, examples, [], folder, screen, [])
+    screen.say(f"trained {result['trainable_parameters']:,} parameters in {result['seconds']:.0f} s")
+    return adapter, result
+
+
+def _deliver(adapter: Adapter, loaded: Any, folder: Path, screen: Screen) -> tuple[MergeAudit, Path]:
+    import trimtab
+
+    audit = trimtab.merge(adapter, tokenizer=loaded.tokenizer)
+    screen.say(audit.summary())
+    return audit, trimtab.save_merged(loaded.model, folder / "merged", tokenizer=loaded.tokenizer)
+
+
+def gains(task: NamingTask, before: Skill, after: Skill) -> dict[str, Any]:
+    """Before, after, 95 % bootstrap intervals, and what chance would give."""
+    from trimtab.tasks.statistics import paired_bootstrap
+
+    chance = task.chance()
+    found: dict[str, Any] = {}
+    rows: Sequence[tuple[str, Any, Any, float]] = (
+        ("subtoken_f1", before.naming.f1, after.naming.f1, chance.subtoken_f1),
+        ("exact_match", before.naming.exact, after.naming.exact, chance.exact_match),
+        ("knowledge", before.knowledge.correct, after.knowledge.correct, before.knowledge.chance),
+    )
+    for name, old, new, null in rows:
+        intervals = {key: _interval(values) for key, values in (("interval_before", old), ("interval_after", new))}
+        change = paired_bootstrap(old, new)
+        found[name] = {
+            "before": sum(old) / len(old),
+            "after": sum(new) / len(new),
+            "interval": intervals["interval_after"],
+            **intervals,
+            "interval_of_change": [change.low, change.high],
+            "chance": null,
+            "items": len(new),
+        }
+    return found
+
+
+def _interval(values: Sequence[float]) -> list[float]:
+    from trimtab.tasks.statistics import bootstrap
+
+    found = bootstrap(values)
+    return [found.low, found.high]
+
+
+def _write(
+    folder: Path, task: NamingTask, before: Skill, after: Skill, audit: MergeAudit, result: dict[str, Any]
+) -> None:
+    from trimtab.report.page import write_report
+
+    samples = [
+        {"prompt": f.code, "expected": f.name, "before": old, "after": new}
+        for f, old, new in zip(task.test, before.answers, after.answers, strict=True)
+    ]
+    write_whole(folder / "samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
+    write_whole(folder / "audit.json", json.dumps(audit.to_dict(), indent=2) + "\n")
+    write_whole(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    write_report(folder)
+
+
+def _tell(
+    task: NamingTask, before: Skill, after: Skill, result: dict[str, Any], flags: DemoFlags, screen: Screen
+) -> None:
+    """The figures, a handful of predictions, and what to do next."""
+    from rich.table import Table
+
+    if screen.output.quiet:
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold", title=None)
+    for column in ("held-out measure", "before", "after", "95% interval", "chance"):
+        table.add_column(column, justify="left" if column.startswith("held") else "right")
+    for name in ("subtoken_f1", "exact_match", "knowledge"):
+        row = result[name]
+        low, high = row["interval_after"]
+        table.add_row(
+            f"{name.replace('_', ' ')} ({row['items']})", f"{row['before']:.3f}", f"{row['after']:.3f}",
+            f"{low:.3f} to {high:.3f}", f"{row['chance']:.3f}",
+        )  # fmt: skip
+    screen.say()
+    screen.console.print(table)
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("its author's name", "before", "after"):
+        shown.add_column(column, overflow="ellipsis", no_wrap=True, max_width=34)
+    for function, old, new in list(zip(task.test, before.answers, after.answers, strict=True))[:6]:
+        shown.add_row(function.name, old.replace("\n", " "), new.replace("\n", " "))
+    screen.say()
+    screen.console.print(shown)
+    screen.say(
+        f"\nadapter {result['adapter']}, merged model {result['merged']}\n"
+        f"{result['seconds']:.0f} s in all, peak memory {result['peak_rss_bytes'] / 2**30:.2f} GiB\n\nnext:\n"
+        f"  open {result['report']} in a browser\n"
+        f"  trimtab chat --model {flags.model} --adapter naming={result['adapter']}\n"
+        f"  trimtab train --model {flags.model} --data YOUR_FILE.jsonl"
+    )

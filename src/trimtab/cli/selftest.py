@@ -1,0 +1,46 @@
+"""trimtab selftest: the equivalences, on this machine and model."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from trimtab.cli.common import Screen, load_model, options
+from trimtab.deltas import METHODS, make_method
+from trimtab.errors import TrimtabError
+from trimtab.options import option
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SelftestFlags:
+    model: str | None = option(None, "the model to test on; by default a tiny random one")
+    method: str = option("lora", f"one of {', '.join(METHODS)}")
+    dtype: str = option("auto", "auto, float32, bfloat16 or float16")
+    threads: int | None = option(None, "CPU threads; by default measured")
+    trust_remote_code: bool = option(False, "run Python code that comes with the model")
+
+
+def run(name: str, summary: str, argv: list[str]) -> None:
+    """Run the checks and print each with its difference; exit code 1 when one fails."""
+    flags, output = options(SelftestFlags, name, summary, argv)
+    screen = Screen(output)
+    import logging
+
+    from trimtab.selftest import Check, selftest, tiny_model
+
+    model: Any = load_model(flags, screen).model if flags.model else tiny_model()
+
+    def show(check: Check) -> None:
+        limit = "every bit" if check.allowed == 0 else f"at most {check.allowed:.0e}"
+        state = "ok  " if check.passed else "FAIL"
+        screen.say(
+            f"{state} {check.name}: {check.difference:.1e} ({limit})", style=None if check.passed else "bold red"
+        )
+
+    logging.getLogger("trimtab").setLevel(logging.WARNING)  # every check attaches and merges anew
+    checks = selftest(model, make_method(flags.method), show)
+    screen.result({"passed": all(c.passed for c in checks), "checks": [dataclasses.asdict(c) for c in checks]})
+    failed = [check.name.split(":")[0] for check in checks if not check.passed]
+    if failed:
+        raise TrimtabError(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
+    screen.say(f"all {len(checks)} equivalences hold")
