@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import shutil
@@ -51,8 +52,12 @@ def whole_folder(path: str | Path, *, marker: str | None = None) -> Iterator[Pat
 
 
 def _swap(new: Path, path: Path) -> None:
+    """Give `new` the name `path`. Where the system can, they trade names at once, so that one is always there."""
     if not path.exists():
         os.rename(new, path)
+        return
+    if _exchange(new, path):
+        shutil.rmtree(new, ignore_errors=True)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
     os.rename(path, old / path.name)
@@ -62,6 +67,16 @@ def _swap(new: Path, path: Path) -> None:
         os.rename(old / path.name, path)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two names in one step (Linux's renameat2); False where the system or its file system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(rename(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0)
 
 
 def write_whole(path: str | Path, content: str | bytes) -> Path:

@@ -115,7 +115,7 @@ def _sliced(method: Method, flags: tuple[bool, ...], site: Site, generator: torc
         )
     size = layout.out_features // len(flags)
     ranges = tuple((i * size, (i + 1) * size) for i, chosen in enumerate(flags) if chosen)
-    matrix = layout.matrix(weight.detach())  # type: ignore[operator,arg-type]
+    matrix = layout.matrix(weight.detach())  # type: ignore[operator]
     parts = [method.delta(slice_layout(layout, a, b), matrix[a:b], generator) for a, b in ranges]
     return Sliced(parts, ranges, layout)
 

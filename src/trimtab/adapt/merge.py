@@ -296,7 +296,7 @@ def _take_out(model: nn.Module) -> None:
 
 
 def _copies_differ(adapter: Adapter, dtype: torch.dtype | None) -> bool:
-    """Whether a trained copy of this adapter differs from the base's own tensor. Both are compared in the merged dtype."""
+    """Whether a trained copy of this adapter differs from the base's own tensor, both in the merged dtype."""
     originals = {(id(m), n): t for m, n, t in cast("Merged", state_of(adapter.model).merged).originals}
     return any(
         not torch.equal(_in_dtype(tensor, base, dtype), _in_dtype(base, base, dtype))

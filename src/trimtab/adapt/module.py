@@ -160,6 +160,14 @@ def mode_of(module: nn.Module) -> bool:
     return module._trains if isinstance(module, FrozenStatistics) else module.training
 
 
+def set_mode(module: nn.Module, training: bool) -> None:
+    """Put a module, and not those within it, in or out of training mode."""
+    if isinstance(module, FrozenStatistics):
+        module._trains = training
+    else:
+        module.training = training
+
+
 _CLASSES: dict[tuple[Any, type], type[nn.Module]] = {}
 
 
@@ -174,7 +182,7 @@ def subclass(base: type[nn.Module], mixin: type) -> type[nn.Module]:
 def _empty(base: type[nn.Module], *mixins: type) -> nn.Module:
     for mixin in mixins:
         base = subclass(base, mixin)
-    return cast("nn.Module", object.__new__(base))
+    return object.__new__(base)
 
 
 def refuse_clash(path: str, module: nn.Module) -> None:
@@ -189,10 +197,8 @@ def adapt_module(module: nn.Module) -> None:
     if isinstance(module, Adapted):
         return
     module.__class__ = subclass(type(module), Adapted)
-    module.deltas = nn.ModuleDict()
-    module.copies = None
-    module._active = ()  # type: ignore[assignment]
-    module._routes = None
+    adapted = cast("Any", module)
+    adapted.deltas, adapted.copies, adapted._active, adapted._routes = nn.ModuleDict(), None, (), None
 
 
 def put(module: nn.Module, name: str, delta: Delta | None = None, copies: Copies | None = None) -> None:

@@ -29,10 +29,11 @@ def run(name: str, summary: str, argv: list[str]) -> None:
         f"loss {result['train_loss']:.3f} nats per token"
         + (f", evaluation {result['eval_loss']:.3f}" if result["eval_loss"] is not None else "")
     )
-    screen.say(f"adapter: {result['adapter']}
-next:")
-    screen.say(f"  trimtab report {folder}")
-    screen.say(f"  trimtab merge --model {recipe.model.model} --adapter {result['adapter']} --out {folder / 'merged'}")
+    screen.say(f"adapter: {result['adapter']}")
+    screen.say(f"next: trimtab report {folder}")
+    screen.say(
+        f"      trimtab merge --model {recipe.model.model} --adapter {result['adapter']} --out {folder / 'merged'}"
+    )
     screen.result(result)
 
 

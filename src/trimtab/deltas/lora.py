@@ -182,10 +182,36 @@ PEFT_NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Features of a PEFT LoRA that change its map and that trimtab does not have, with the values that leave it alone."""
 
 PEFT_MAPLESS = frozenset(
-    "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules "
-    "exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora modules_to_save layers_to_transform "
-    "layers_pattern rank_pattern alpha_pattern megatron_core loftq_config eva_config corda_config lora_ga_config "
-    "qalora_group_size runtime_config ensure_weight_tying".split()
+    {
+        "task_type",
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "r",
+        "target_modules",
+        "exclude_modules",
+        "lora_alpha",
+        "lora_dropout",
+        "fan_in_fan_out",
+        "bias",
+        "use_rslora",
+        "modules_to_save",
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+        "megatron_core",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "qalora_group_size",
+        "runtime_config",
+        "ensure_weight_tying",
+    }
 )
 """Keys that either are read, or say how training started or where the tensors went, which the file itself shows."""
 

@@ -1,8 +1,10 @@
-"""Reading the two kinds of file adapters are made of, with errors a user can act on. Nothing is unpickled."""
+"""The two kinds of file adapters are made of, with errors a user can act on. Nothing is unpickled."""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,20 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise FormatError(
             f"{path} is not a whole safetensors file ({error}): it is truncated or of another format"
         ) from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file. A full disk and the like are raised as the OSError they are."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), str(error), str(path)) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
