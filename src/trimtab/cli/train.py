@@ -13,6 +13,8 @@ from trimtab.errors import UsageError
 
 if TYPE_CHECKING:
     from trimtab.adapt.adapter import Adapter
+    from trimtab.data.encode import Example
+    from trimtab.data.read import Source
     from trimtab.train.loop import FitResult, StepReport
 
 
@@ -44,8 +46,9 @@ def train(recipe: Recipe, folder: Path, screen: Screen) -> dict[str, Any]:
     unknown = [name for name in recipe.run.log_to if name not in LOGGERS]
     if unknown:
         raise UsageError(f"log_to is '{unknown[0]}', but must be one of {', '.join(LOGGERS)}")
+    sources = read_sources(recipe, screen)
     loaded = load_model(recipe.model, screen)
-    examples, evaluation = read_examples(recipe, loaded.tokenizer, screen)
+    examples, evaluation = encode_sources(recipe, *sources, loaded.tokenizer, screen)
     adapter = attach_recipe(recipe, loaded.model)
     loggers = [make_logger(name, folder) for name in recipe.run.log_to]
     write_config(recipe, folder)
@@ -73,34 +76,42 @@ def attach_recipe(recipe: Recipe, model: Any) -> Adapter:
     return adapter
 
 
-def read_examples(recipe: Recipe, tokenizer: Any, screen: Screen) -> tuple[list[Any], list[Any]]:
-    """The training and evaluation examples, checked; what is wrong stops, what is doubtful is said loudly."""
-    from trimtab.data.encode import encode
-    from trimtab.data.inspect import inspect
+def read_sources(recipe: Recipe, screen: Screen) -> tuple[Source, Source | None]:
+    """The training and evaluation rows, read before the model is loaded: a wrong file is told at once."""
     from trimtab.data.read import read
 
-    if tokenizer is None:
-        raise UsageError(f"{recipe.model.model} has no tokenizer, so text cannot be read for it")
     flags = recipe.data
     source = read(flags.data, layout=flags.layout, limit=flags.limit)
     screen.say(source.describe())
-    against = read(flags.eval_data, layout=flags.layout) if flags.eval_data else None
-    examples = encode(source, tokenizer, max_length=flags.max_length)
-    found = inspect(source, examples, tokenizer, max_length=flags.max_length, against=against)
+    return source, read(flags.eval_data, layout=flags.layout) if flags.eval_data else None
+
+
+def encode_sources(
+    recipe: Recipe, source: Source, against: Source | None, tokenizer: Any, screen: Screen
+) -> tuple[list[Example], list[Example]]:
+    """The training and evaluation examples, checked; what is wrong stops, what is doubtful is said loudly."""
+    from trimtab.data.encode import encode
+    from trimtab.data.inspect import inspect
+
+    if tokenizer is None:
+        raise UsageError(f"{recipe.model.model} has no tokenizer, so text cannot be read for it")
+    limit = recipe.data.max_length
+    examples = encode(source, tokenizer, max_length=limit)
+    found = inspect(source, examples, tokenizer, max_length=limit, against=against)
     for warning in found.warnings:
         screen.warn(warning)
     if found.errors:
-        raise UsageError(f"{flags.data}: {'; '.join(found.errors)}")
+        raise UsageError(f"{recipe.data.data}: {'; '.join(found.errors)}")
     screen.say(f"{found.tokens:,} tokens, {found.supervised_tokens:,} of them supervised")
-    return examples, encode(against, tokenizer, max_length=flags.max_length) if against else []
+    return examples, encode(against, tokenizer, max_length=limit) if against else []
 
 
 def fit_run(
     recipe: Recipe,
     adapter: Adapter,
     tokenizer: Any,
-    examples: list[Any],
-    evaluation: list[Any],
+    examples: list[Example],
+    evaluation: list[Example],
     folder: Path,
     screen: Screen,
     loggers: list[Any],

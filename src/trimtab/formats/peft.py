@@ -1,4 +1,4 @@
-"""PEFT's adapter folder: adapter_config.json and adapter_model.safetensors, written so that PEFT loads it, read strictly.
+"""PEFT's adapter folder, adapter_config.json and adapter_model.safetensors: written so that PEFT loads it, read strictly.
 
 A method that PEFT has is saved as PEFT's own; any other in the same layout under a type of its own, and exported to
 PEFT through its factors. trimtab.json beside them holds what PEFT's files have no place for.
@@ -6,61 +6,80 @@ PEFT through its factors. trimtab.json beside them holds what PEFT's files have 
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import trimtab
-from trimtab.adapt.adapter import Adapter
-from trimtab.adapt.attach import check_name, fresh_delta, install
+from trimtab.adapt.adapter import Adapter, own_state
+from trimtab.adapt.attach import check_name, fresh_delta, install, outermost, tensor_of
 from trimtab.adapt.module import Copies
-from trimtab.adapt.select import Placement, adaptable, shared_parameters
+from trimtab.adapt.select import Placement, adaptable, base_modules, read_past_forward, shared_parameters
 from trimtab.deltas import METHODS, make_method, method_class
 from trimtab.deltas.delta import Delta
-from trimtab.deltas.layout import ConvLayout
+from trimtab.deltas.layout import ConvLayout, Layout
 from trimtab.deltas.lora import stored_pair
 from trimtab.deltas.method import Method
 from trimtab.errors import FormatError, UsageError, did_you_mean
 from trimtab.files import whole_folder
-from trimtab.formats.tensors import read_json, read_tensors
-from trimtab.options import to_mapping
+from trimtab.formats.tensors import read_json, read_tensors, write_tensors
+from trimtab.options import from_mapping, to_mapping
 
+log = logging.getLogger("trimtab")
 CONFIG, WEIGHTS, OWN = "adapter_config.json", "adapter_model.safetensors", "trimtab.json"
 PREFIX = "base_model.model."
+OWN_TYPE = "TRIMTAB_"
 BIAS_NAMES = {"none": "none", "all": "all", "adapter-only": "lora_only"}
 
 
 def save_adapter(adapter: Adapter, path: str | Path) -> Path:
-    """Write an adapter as a folder, atomically: as PEFT's own where PEFT has the method, else under a type of its own."""
+    """Write an adapter as a folder, atomically: as PEFT's own where PEFT has the same map, else under a type of ours.
+
+    Raises StorageError when the disk is full or the place cannot be written; an adapter that stood there stays whole.
+    """
+    own_state(adapter)
     method = adapter.method
-    config = {"peft_type": method.peft_type or f"TRIMTAB_{method.name.upper()}", **method.peft_config()}
+    standard = method.peft_type and not any(_other_in_peft(delta.layout) for delta in adapter.deltas.values())
+    config = {"peft_type": method.peft_type if standard else OWN_TYPE + method.name.upper(), **method.peft_config()}
     config |= _shared_config(adapter) | _ranks({p: d.rank_and_alpha() for p, d in adapter.deltas.items()})
     stored = {path: delta.stored() for path, delta in adapter.deltas.items()}
     own = {
         "trimtab": trimtab.__version__,
+        "config_sha256": _digest(_json(config)),
         "method": method.options(),
         "placement": to_mapping(adapter.placement),
         "provenance": adapter.provenance,
+        "tied": _tied_copies(adapter),
     }
     return _write(adapter, path, config, stored, own)
 
 
 def export_peft(adapter: Adapter, path: str | Path) -> Path:
-    """Write any low-rank adapter as a standard LoRA that PEFT and others load. UsageError when its ΔW is not low-rank."""
+    """Write any low-rank adapter as a standard LoRA that PEFT and others load.
+
+    Raises UsageError when its ΔW is not low-rank, or when PEFT would compute something else with it.
+    """
+    own_state(adapter)
+    for site, delta in adapter.deltas.items():
+        why = _other_in_peft(delta.layout)
+        if why:
+            raise UsageError(f"{site} is {why}, for which PEFT's LoRA is another map: merge the adapter instead")
     if adapter.method.peft_type:
-        _refuse_groups(adapter)
         return save_adapter(adapter, path)
     stored, ranks = {}, {}
     for site, delta in adapter.deltas.items():
         factors = delta.factors()
         if factors is None:
             raise UsageError(
-                f"method '{adapter.method.name}' has no low-rank factors at {site}, so it cannot be a PEFT LoRA: merge it instead"
+                f"method '{adapter.method.name}' has no low-rank factors at {site}, so it cannot be a PEFT LoRA: "
+                "merge it instead"
             )
         B, A = factors
         stored[site] = stored_pair(delta.layout, A, B)
@@ -69,13 +88,30 @@ def export_peft(adapter: Adapter, path: str | Path) -> Path:
     return _write(adapter, path, config, stored, None)
 
 
-def _refuse_groups(adapter: Adapter) -> None:
-    for path, delta in adapter.deltas.items():
-        if isinstance(delta.layout, ConvLayout) and (delta.layout.groups > 1 or set(delta.layout.dilation) != {1}):
-            raise UsageError(
-                f"{path} is a convolution with {delta.layout.groups} groups and dilation {delta.layout.dilation}, for which "
-                "PEFT's LoRA is another map: merge the adapter instead"
-            )
+def _other_in_peft(layout: Layout) -> str | None:
+    """What makes a convolution one whose LoRA PEFT computes otherwise: its A knows stride and padding only."""
+    if isinstance(layout, ConvLayout):
+        if layout.groups > 1:
+            return f"a convolution with {layout.groups} groups"
+        if set(layout.dilation) != {1}:
+            return f"a convolution with dilation {layout.dilation}"
+        if layout.padding_mode != "zeros":
+            return f"a convolution with {layout.padding_mode} padding"
+    return None
+
+
+def _json(config: Mapping[str, Any]) -> str:
+    return json.dumps(config, indent=2, sort_keys=True)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _tied_copies(adapter: Adapter) -> bool:
+    """Whether modules share a trained copy, as they share the weight in the base."""
+    parameters = [id(p) for copies in adapter.copies.values() for p in copies.parameters()]
+    return len(set(parameters)) < len(parameters)
 
 
 def _write(
@@ -85,8 +121,6 @@ def _write(
     stored: Mapping[str, Mapping[str, Tensor]],
     own: Mapping[str, Any] | None,
 ) -> Path:
-    from safetensors.torch import save_file
-
     tensors = {f"{PREFIX}{site}.{name}": t for site, parts in stored.items() for name, t in parts.items()}
     for site, copies in adapter.copies.items():
         wrapped = "base_layer." if site in adapter.deltas else ""
@@ -94,8 +128,8 @@ def _write(
     # Copied one by one: tied copies share memory, which the format refuses.
     whole = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
     with whole_folder(path, marker=CONFIG) as folder:
-        save_file(whole, folder / WEIGHTS, metadata={"format": "pt"})
-        (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+        write_tensors(folder / WEIGHTS, whole)
+        (folder / CONFIG).write_text(_json(config), encoding="utf-8")
         if own is not None:
             (folder / OWN).write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
     return Path(path)
@@ -109,7 +143,8 @@ def _shared_config(adapter: Adapter) -> dict[str, Any]:
         "inference_mode": True,
         "bias": BIAS_NAMES[adapter.placement.bias],
         "target_modules": _target_names(adapter),
-        "modules_to_save": _saved_modules(adapter) or None,
+        "modules_to_save": list(adapter.whole) or None,
+        "ensure_weight_tying": _tied_copies(adapter),
         "fan_in_fan_out": any(d.layout.kind == "conv1d-transposed" for d in adapter.deltas.values()),
     }
 
@@ -124,8 +159,9 @@ def _ranks(ranks: Mapping[str, tuple[int, float] | None]) -> dict[str, Any]:
     return {
         "r": rank,
         "lora_alpha": _whole(alpha),
-        "rank_pattern": {re.escape(path): r for path, (r, _) in other.items() if r != rank},
-        "alpha_pattern": {re.escape(path): _whole(a) for path, (_, a) in other.items() if a != alpha},
+        # PEFT lets any path end with a pattern, unless it says where the path starts.
+        "rank_pattern": {f"^{re.escape(path)}": r for path, (r, _) in other.items() if r != rank},
+        "alpha_pattern": {f"^{re.escape(path)}": _whole(a) for path, (_, a) in other.items() if a != alpha},
     }
 
 
@@ -149,32 +185,20 @@ def _task_type(model: nn.Module) -> str | None:
     return next((task for ending, task in endings.items() if type(model).__name__.endswith(ending)), None)
 
 
-def _target_names(adapter: Adapter) -> list[str]:
-    """Last parts of the paths where those name exactly the adapted modules, else the whole paths."""
+def _target_names(adapter: Adapter) -> list[str] | str:
+    """The shortest way for PEFT to find exactly the adapted modules: last names, whole paths, or an expression."""
+    paths = base_modules(adapter.model)
+
+    def found(names: Iterable[str]) -> set[str]:
+        ends = tuple(f".{name}" for name in names)
+        return {path for path in paths if f".{path}".endswith(ends)}
+
     names = sorted({path.rpartition(".")[2] for path in adapter.deltas})
-    everything = {path for path, _ in adapter.model.named_modules() if path.rpartition(".")[2] in names}
-    return names if everything == set(adapter.deltas) else sorted(adapter.deltas)
-
-
-def _saved_modules(adapter: Adapter) -> list[str]:
-    """The outermost modules that are trained whole, those of which only the bias is trained excepted."""
-    modules = dict(adapter.model.named_modules())
-    whole = {
-        path for path, copies in adapter.copies.items()
-        if path not in adapter.deltas and set(copies.state_dict()) >= set(modules[path].state_dict()) - _adapter_keys(modules[path])
-        and (adapter.placement.bias != "all" or set(copies.state_dict()) != {"bias"})
-    }  # fmt: skip
-    named = {
-        path for path, module in modules.items()
-        if path and any(path == n or path.endswith("." + n) for n in adapter.placement.extra_modules)
-        and {p for p in whole if p == path or p.startswith(path + ".")}
-    }  # fmt: skip
-    covered = {p for p in whole if any(p == n or p.startswith(n + ".") for n in named)}
-    return sorted(named | (whole - covered))
-
-
-def _adapter_keys(module: nn.Module) -> set[str]:
-    return {key for key in module.state_dict() if key.startswith(("deltas.", "copies."))}
+    if found(names) == set(adapter.deltas):
+        return names
+    if found(adapter.deltas) == set(adapter.deltas):
+        return sorted(adapter.deltas)
+    return "|".join(re.escape(path) for path in sorted(adapter.deltas))
 
 
 def load(model: nn.Module, path: str | Path, *, name: str = "default") -> Adapter:
@@ -191,43 +215,70 @@ def load(model: nn.Module, path: str | Path, *, name: str = "default") -> Adapte
             f"{folder} holds only pickled weights (.bin), which are not loaded: convert them to safetensors"
         )
     config = read_json(folder / CONFIG)
-    own = read_json(folder / OWN) if (folder / OWN).exists() else {}
+    own = _own_record(config, folder)
     tensors = read_tensors(folder / WEIGHTS)
     check_name(model, name)
     method = _method(config, own, folder)
-    adapter = Adapter(
-        model, name, method, _placement(config, own), {**own.get("provenance", {}), "loaded_from": str(folder)}
-    )
+    provenance = {**own.get("provenance", {}), "loaded_from": str(folder)}
+    adapter = Adapter(model, name, method, _placement(config, own, folder), provenance)
     parts, rest = _sorted_tensors(method, tensors, folder)
-    deltas = _deltas(adapter, parts, folder)
-    copies = _copies(adapter.model, rest, bool(config.get("ensure_weight_tying")), folder)
-    dtypes = [p.dtype for _, delta in deltas.values() for p in delta.parameters()]
-    install(adapter, deltas, copies, dtypes[0] if dtypes else torch.float32)
+    deltas = _deltas(adapter, parts, str(config["peft_type"]), folder)
+    copies = _copies(model, rest, bool(own.get("tied", config.get("ensure_weight_tying"))), folder)
+    install(adapter, deltas, copies, None, _whole_modules(model, config, copies))
     return adapter
 
 
-def _method(config: dict[str, Any], own: dict[str, Any], folder: Path) -> Method:
+def _own_record(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """trimtab.json, unless the configuration beside it is no longer the one it was written with."""
+    if not (folder / OWN).exists():
+        return {}
+    own = read_json(folder / OWN)
+    if not all(isinstance(own.get(key), dict) for key in ("method", "placement", "provenance")):
+        raise FormatError(f"{folder / OWN} is broken: it must hold method, placement and provenance")
+    if own.get("config_sha256") == _digest(_json(config)):
+        return own
+    if str(config.get("peft_type")).startswith(OWN_TYPE):
+        raise FormatError(f"{folder / CONFIG} was changed after it was saved: restore it")
+    log.warning("%s is of another adapter than %s beside it, and is not read", folder / OWN, CONFIG)
+    return {}
+
+
+def _method(config: Mapping[str, Any], own: Mapping[str, Any], folder: Path) -> Method:
     kind = config.get("peft_type")
     if kind is None:
         raise FormatError(f"{folder / CONFIG} has no 'peft_type': it is not an adapter's configuration")
-    if own.get("method"):
+    if own:
         options = dict(own["method"])
         return make_method(str(options.pop("name", "")), **options)
     for known in METHODS:
         cls = method_class(known)
         if cls.peft_type == kind:
-            return cls.from_peft(config)
+            try:
+                return cls.from_peft(config)
+            except UsageError as error:
+                raise UsageError(f"{folder}: {error}") from error
     raise UsageError(f"{folder} is a PEFT '{kind}' adapter, which trimtab does not have")
 
 
-def _placement(config: dict[str, Any], own: dict[str, Any]) -> Placement:
-    if own.get("placement"):
-        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in own["placement"].items()}
-        return Placement(**{**saved, "slices": {k: tuple(v) for k, v in saved.get("slices", {}).items()}})
+def _placement(config: Mapping[str, Any], own: Mapping[str, Any], folder: Path) -> Placement:
+    if own:
+        return from_mapping(Placement, own["placement"], str(folder / OWN))
     targets = config.get("target_modules") or ()
     names = (f"re:{targets}",) if isinstance(targets, str) else tuple(sorted(targets))
-    bias = {v: k for k, v in BIAS_NAMES.items()}.get(config.get("bias", "none"), "none")
+    bias = {v: k for k, v in BIAS_NAMES.items()}.get(config.get("bias", "none"))
+    if bias is None:
+        raise UsageError(f"{folder}: bias is {config['bias']!r}, but must be one of {', '.join(BIAS_NAMES.values())}")
     return Placement(names, (), bias, tuple(config.get("modules_to_save") or ()))
+
+
+def _whole_modules(model: nn.Module, config: Mapping[str, Any], copies: Mapping[str, Any]) -> tuple[str, ...]:
+    """The modules that the configuration says are trained whole, by path. PEFT takes any path that ends in a name."""
+    ends = tuple(config.get("modules_to_save") or ())
+    named = [path for path in base_modules(model) if path and path.endswith(ends)]
+    tied = [
+        path for path, (_, copy) in copies.items() if config.get("ensure_weight_tying") and "weight" in copy._parameters
+    ]
+    return outermost(set(copies), dict.fromkeys([*named, *tied]))
 
 
 def _sorted_tensors(
@@ -252,7 +303,7 @@ def _sorted_tensors(
 
 
 def _deltas(
-    adapter: Adapter, parts: Mapping[str, Mapping[str, Tensor]], folder: Path
+    adapter: Adapter, parts: Mapping[str, Mapping[str, Tensor]], kind: str, folder: Path
 ) -> dict[str, tuple[nn.Module, Delta]]:
     sites, refused = adaptable(adapter.model)
     deltas = {}
@@ -264,6 +315,11 @@ def _deltas(
                 else f"which this model does not have{did_you_mean(path, sites)}"
             )
             raise FormatError(f"{folder} does not fit this model: it adapts '{path}', {why}")
+        other = _other_in_peft(sites[path].layout)
+        if other and not kind.startswith(OWN_TYPE):
+            raise UsageError(
+                f"{folder} adapts {path}, {other}, for which PEFT's LoRA is a map that trimtab does not have"
+            )
         try:
             delta = fresh_delta(adapter.method, adapter.placement, sites[path], torch.Generator().manual_seed(0))
             delta.restore(stored)
@@ -276,49 +332,45 @@ def _deltas(
 def _copies(
     model: nn.Module, rest: Mapping[str, Tensor], tie: bool, folder: Path
 ) -> dict[str, tuple[nn.Module, Copies]]:
-    modules, shared = dict(model.named_modules()), shared_parameters(model)
+    modules, shared, unseen = base_modules(model), shared_parameters(model), read_past_forward(model)
     parameters: dict[str, dict[str, nn.Parameter]] = {}
     buffers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in rest.items():
         path, _, name = key.rpartition(".")
         path, wrapped = path.removesuffix(".base_layer"), path.endswith(".base_layer")
-        old = _tensor(modules.get(path), name)
+        old = tensor_of(modules.get(path), name)
+        misfit = f"{folder} does not fit this model:"
         if old is None:
-            raise FormatError(
-                f"{folder} does not fit this model: it holds '{key}', which the model has not{did_you_mean(path, modules)}"
-            )
+            raise FormatError(f"{misfit} it holds '{key}', which the model has not{did_you_mean(path, modules)}")
         if old.shape != tensor.shape:
-            raise FormatError(
-                f"{folder} does not fit this model: '{key}' is {list(tensor.shape)} in the file, but {list(old.shape)} here"
+            raise FormatError(f"{misfit} '{key}' is {list(tensor.shape)} in the file, but {list(old.shape)} here")
+        if modules[path] in unseen:
+            raise UsageError(
+                f"{folder} trains {key}, which is inside a {unseen[modules[path]]}: trimtab cannot do that"
             )
         if wrapped and name == "weight":
             _same_base(path, tensor, old, folder)
-        elif isinstance(old, nn.Parameter):
+            continue
+        if tensor.dtype != old.dtype:
+            log.warning(
+                "%s: '%s' is %s in the file and becomes %s, as in the model", folder, key, tensor.dtype, old.dtype
+            )
+        if isinstance(old, nn.Parameter):
+            holders = (shared.get(id(old)) if tie else None) or [(path, name)]
             copy = nn.Parameter(tensor.to(old.device, old.dtype))
-            for holder, holder_name in (shared.get(id(old)) if tie else None) or [(path, name)]:
+            for holder, holder_name in holders:
                 parameters.setdefault(holder, {})[holder_name] = copy
         else:
-            buffers.setdefault(path, {})[name] = tensor.to(old.device)
+            buffers.setdefault(path, {})[name] = tensor.to(old.device, old.dtype)
     return {
         path: (modules[path], Copies(parameters.get(path, {}), buffers.get(path, {})))
-        for path in _in_order([*parameters, *buffers])
+        for path in dict.fromkeys([*parameters, *buffers])
     }
-
-
-def _in_order(paths: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(paths))
-
-
-def _tensor(module: nn.Module | None, name: str) -> Tensor | None:
-    if module is None:
-        return None
-    found = module._parameters.get(name)
-    return found if found is not None else module._buffers.get(name)
 
 
 def _same_base(path: str, saved: Tensor, own: Tensor, folder: Path) -> None:
     # PEFT stores the base weight of an adapted embedding beside its factors.
-    if not torch.equal(saved.to(own.dtype), cast("Tensor", own.detach().cpu())):
+    if not torch.equal(saved.to(own.dtype), own.detach().cpu()):
         raise FormatError(
             f"{folder} was made for another base: it carries its own {path}.weight, which differs from the model's"
         )
