@@ -22,6 +22,10 @@ _PLACES = {
     "MergeAudit": "trimtab.adapt.merge",
     "load": "trimtab.formats.peft",
     "fit": "trimtab.train.loop",
+    "FitResult": "trimtab.train.loop",
+    "Settings": "trimtab.train.settings",
+    "read": "trimtab.data.read",
+    "encode": "trimtab.data.encode",
     "LoRA": "trimtab.deltas.lora",
     "Full": "trimtab.deltas.full",
     "TrimtabError": "trimtab.errors",
@@ -30,16 +34,20 @@ _PLACES = {
 
 __all__ = [
     "Adapter",
+    "FitResult",
     "Full",
     "LoRA",
     "MergeAudit",
+    "Settings",
     "TrimtabError",
     "UsageError",
     "adapters",
     "attach",
+    "encode",
     "fit",
     "load",
     "merge",
+    "read",
     "rows",
     "save_merged",
     "switch",
@@ -50,11 +58,14 @@ if TYPE_CHECKING:
     from trimtab.adapt.adapter import Adapter, adapters, rows, switch
     from trimtab.adapt.attach import attach
     from trimtab.adapt.merge import MergeAudit, merge, save_merged, unmerge
+    from trimtab.data.encode import encode
+    from trimtab.data.read import read
     from trimtab.deltas.full import Full
     from trimtab.deltas.lora import LoRA
     from trimtab.errors import TrimtabError, UsageError
     from trimtab.formats.peft import load
-    from trimtab.train.loop import fit
+    from trimtab.train.loop import FitResult, fit
+    from trimtab.train.settings import Settings
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""PEFT's adapter folder, adapter_config.json and adapter_model.safetensors: written so that PEFT loads it, read strictly.
+"""PEFT's folder, adapter_config.json and adapter_model.safetensors: written so that PEFT loads it, read strictly.
 
 A method that PEFT has is saved as PEFT's own; any other in the same layout under a type of its own, and exported to
 PEFT through its factors. trimtab.json beside them holds what PEFT's files have no place for.
@@ -257,6 +257,8 @@ def _method(config: Mapping[str, Any], own: Mapping[str, Any], folder: Path) -> 
                 return cls.from_peft(config)
             except UsageError as error:
                 raise UsageError(f"{folder}: {error}") from error
+    if str(kind).startswith(OWN_TYPE):
+        raise FormatError(f"{folder} lacks {OWN}, without which a '{kind}' adapter cannot be read")
     raise UsageError(f"{folder} is a PEFT '{kind}' adapter, which trimtab does not have")
 
 

@@ -106,18 +106,19 @@ def build(code: Path | None = None, *, train: int = 480, test: int = 100, seed: 
     found = sum(len(functions) for functions in by_module.values())
     chosen = random.Random(seed)
     test_side = _test_modules(by_module, train, test, chosen)
-    sides: dict[bool, list[NamedFunction]] = {True: [], False: []}
+    sides: dict[bool, list[list[NamedFunction]]] = {True: [], False: []}
     for module, functions in by_module.items():
-        sides[module in test_side].extend(functions)
-    if len(sides[False]) < train or len(sides[True]) < test:
+        sides[module in test_side].append(list(functions))
+    for_training, for_testing = (sum(map(len, sides[side])) for side in (False, True))
+    if for_training < train or for_testing < test:
         raise UsageError(
             f"{root} has too few functions to name: {found} in {len(by_module)} modules ({unreadable} files could not "
-            f"be read), which split into {len(sides[False])} for training and {len(sides[True])} for testing, but "
+            f"be read), which split into {for_training} for training and {for_testing} for testing, but "
             f"{train} and {test} are needed; take a larger code base, or ask for fewer"
         )
     return NamingTask(
-        train=tuple(chosen.sample(sides[False], train)),
-        test=tuple(chosen.sample(sides[True], test)),
+        train=_spread(sides[False], train, chosen),
+        test=_spread(sides[True], test, chosen),
         modules_train=tuple(module for module in by_module if module not in test_side),
         modules_test=tuple(module for module in by_module if module in test_side),
         found=found,
@@ -238,6 +239,16 @@ def _code(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: Sequence[str]) ->
         return None
     # Everywhere, in strings too: an error message that quotes the name would give it away.
     return re.sub(rf"\b{re.escape(node.name)}\b", PLACEHOLDER, text)
+
+
+def _spread(modules: list[list[NamedFunction]], count: int, chosen: random.Random) -> tuple[NamedFunction, ...]:
+    """`count` functions, as many from each module as there is room for, in no order: large modules do not dominate."""
+    piles = [chosen.sample(functions, len(functions)) for functions in modules]
+    taken: list[NamedFunction] = []
+    while len(taken) < count:
+        chosen.shuffle(piles)
+        taken += [pile.pop() for pile in piles if pile][: count - len(taken)]
+    return tuple(chosen.sample(taken, count))
 
 
 def _test_modules(
