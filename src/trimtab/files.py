@@ -35,9 +35,9 @@ def whole_folder(path: str | Path, *, marker: str | None = None) -> Iterator[Pat
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
         yield partial
+        _open_to_readers(partial)
         for file in partial.rglob("*"):
             _sync(file)
-        partial.chmod(0o755)
         _sync(partial)
         _swap(partial, path)
         _sync(path.parent)
@@ -49,6 +49,14 @@ def whole_folder(path: str | Path, *, marker: str | None = None) -> Iterator[Pat
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Give what temporary-file functions made private the permissions that ordinary files would have here."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _swap(new: Path, path: Path) -> None:

@@ -17,8 +17,9 @@ import trimtab
 from trimtab.adapt.adapter import Adapter
 from trimtab.data.encode import Example
 from trimtab.deltas.method import Method
-from trimtab.train.loop import fit, micro_batches
+from trimtab.train.loop import fit
 from trimtab.train.loss import causal_loss
+from trimtab.train.plan import micro_batches
 from trimtab.train.settings import Settings
 
 ALLOWED = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}

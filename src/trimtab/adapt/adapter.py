@@ -204,8 +204,8 @@ def set_active(model: nn.Module, names: tuple[str, ...]) -> None:
 
     Nor can two be enabled at once that both have a trained copy of the same parameter.
     """
-    _check(model, names)
     state = state_of(model)
+    _check(model, names)
     _refuse_two_copies([state.adapters[name] for name in names])
     merged = state.merged.names if state.merged else ()
     for name in merged:
@@ -240,10 +240,10 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     Each group of rows is computed exactly as it would be alone. Every adapted module must get inputs whose
     first dimension is the batch, of len(names) rows.
     """
+    state = state_of(model)
     _check(model, names)
     if not names:
         raise UsageError("rows() needs one name for each row of the batch, but was given none")
-    state = state_of(model)
     if state.merged is not None:
         raise UsageError(
             f"adapter '{state.merged.names[0]}' is merged into the weights: unmerge it before using rows()"

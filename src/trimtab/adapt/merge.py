@@ -7,7 +7,6 @@ old ones back, which is exact in every dtype.
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -23,8 +22,7 @@ from trimtab.adapt.select import base_modules, shared_parameters
 from trimtab.deltas.delta import Delta, wide
 from trimtab.errors import TrimtabError, UsageError
 from trimtab.files import whole_folder
-
-log = logging.getLogger("trimtab")
+from trimtab.models.quiet import quiet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,7 +320,6 @@ def _audit(
     used = dtype or next((adapter.sites[p].weight.dtype for p in adapter.deltas), None)
     name = str(used).removeprefix("torch.") if used is not None else "the model's dtype"
     audit = MergeAudit(adapter.name, name, tuple(layers), difference, agreement, positions, wanted.kind)
-    log.info("%s", audit.summary())
     return audit
 
 
@@ -343,7 +340,8 @@ def save_merged(model: nn.Module, folder: str | Path, *, tokenizer: Any = None) 
     )
     weights = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(own)}
     with whole_folder(folder) as partial:
-        cast("Any", model).save_pretrained(partial, state_dict=weights)
+        with quiet():
+            cast("Any", model).save_pretrained(partial, state_dict=weights)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
     return Path(folder)

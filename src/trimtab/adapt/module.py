@@ -198,7 +198,14 @@ def adapt_module(module: nn.Module) -> None:
         return
     module.__class__ = subclass(type(module), Adapted)
     adapted = cast("Any", module)
-    adapted.deltas, adapted.copies, adapted._active, adapted._routes = nn.ModuleDict(), None, (), None
+    adapted.deltas, adapted.copies, adapted._active, adapted._routes = _dict_of(module), None, (), None
+
+
+def _dict_of(module: nn.Module) -> nn.ModuleDict:
+    """An empty dict of modules in the mode that `module` is in."""
+    made = nn.ModuleDict()
+    made.training = mode_of(module)
+    return made
 
 
 def put(module: nn.Module, name: str, delta: Delta | None = None, copies: Copies | None = None) -> None:
@@ -211,7 +218,7 @@ def put(module: nn.Module, name: str, delta: Delta | None = None, copies: Copies
     if delta is not None:
         adapted.deltas[name] = delta
     if copies is not None:
-        adapted.copies = nn.ModuleDict() if adapted.copies is None else adapted.copies
+        adapted.copies = _dict_of(module) if adapted.copies is None else adapted.copies
         adapted.copies[name] = copies
 
 

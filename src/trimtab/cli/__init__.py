@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 import trimtab
@@ -44,26 +45,33 @@ def run(argv: list[str]) -> int:
         name, rest = _command(argv)
         command = importlib.import_module(f"trimtab.cli.{COMMANDS[name][0]}")
         command.run(name, COMMANDS[name][1], rest)
+        sys.stdout.flush()  # so that a closed pipe is met here and not at the very end
         return 0
     except SystemExit as stop:  # argparse, after it has printed a command's help
         return stop.code if isinstance(stop.code, int) else 0
-    except KeyboardInterrupt:
-        _complain("stopped; what was written so far is whole, and a training run goes on with --resume")
+    except KeyboardInterrupt as stop:
+        _complain("stopped" + (f": {stop}" if str(stop) else ""))
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except TrimtabError as error:
-        if "--debug" in argv:
-            raise
-        _complain(str(error))
-        return error.exit_code
     except Exception as error:
         if "--debug" in argv:
-            raise
-        text = " ".join(str(error).split())
-        _complain(f"unexpected {type(error).__name__}: {text} (run again with --debug for the traceback)")
-        return 1
+            traceback.print_exc()
+        return _failed(error)
+
+
+def _failed(error: Exception) -> int:
+    """Say what went wrong; the exit code."""
+    if isinstance(error, TrimtabError):
+        _complain(str(error))
+        return error.exit_code
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        _complain("out of memory: lower the batch size or the length, or load the model in bfloat16 (--dtype)")
+        return 2
+    _complain(f"unexpected {type(error).__name__}: {text} (run again with --debug for the traceback)")
+    return 1
 
 
 def _complain(message: str) -> None:

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from trimtab.cli.common import ModelFlags, Screen, load_model, options
-from trimtab.cli.generate import BASE, load_adapters, named_adapters
+from trimtab.cli.generate import BASE, check_sampling, load_adapters, named_adapters
 from trimtab.errors import TrimtabError, UsageError, did_you_mean
 from trimtab.options import option
 
@@ -30,6 +30,7 @@ def run(name: str, summary: str, argv: list[str]) -> None:
     flags, output = options(ChatFlags, name, summary, argv, notes=COMMANDS)
     if output.json:
         raise UsageError("chat has no --json: use trimtab generate in scripts")
+    check_sampling(flags.max_new_tokens, flags.temperature)
     adapters = named_adapters(flags.adapter)
     screen = Screen(output)
     loaded = load_model(flags, screen)
@@ -54,8 +55,11 @@ def run(name: str, summary: str, argv: list[str]) -> None:
             screen.say(f"no adapter '{rest}'{did_you_mean(rest, names)} (there are: {', '.join(names)})")
         elif word == "/reset":
             turns = list(start)
-        elif word.startswith("/"):
+        elif word == "/help":
             screen.say(COMMANDS)
+        elif word.startswith("/"):
+            known = [line.split()[0] for line in COMMANDS.splitlines()]
+            screen.say(f"unknown command {word}{did_you_mean(word, known)} (/help lists them)")
         else:
             turns = _turn(loaded, [*turns, {"role": "user", "content": line}], flags, screen)
 

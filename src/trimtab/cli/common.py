@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from trimtab.cli.flags import parse
 from trimtab.errors import UsageError
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 T = TypeVar("T")
+
+
+class Update(Protocol):
+    """How far long work is: `done` of `total`, and a note to stand behind its name."""
+
+    def __call__(self, done: int, total: int, note: str = "") -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,15 +37,21 @@ class Output:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelFlags:
-    """Which model, and how to load it."""
+class ModelName:
+    """Which model, loaded in the dtype of its checkpoint."""
 
     model: str = option(help="short name (trimtab list models), folder, GGUF file or hub id")
+    trust_remote_code: bool = option(False, "run Python code that comes with the model")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelFlags(ModelName):
+    """Which model, and how to compute with it."""
+
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "dtype to load the model in; auto takes bfloat16 only where this machine is quick at it"
     )
     threads: int | None = option(None, "CPU threads; by default measured")
-    trust_remote_code: bool = option(False, "run Python code that comes with the model")
 
 
 def options(cls: type[T], name: str, summary: str, argv: Sequence[str], notes: str = "") -> tuple[T, Output]:
@@ -58,14 +71,12 @@ class Screen:
 
     def __init__(self, output: Output) -> None:
         from rich.console import Console
-        from rich.logging import RichHandler
 
         self.output = output
-        self.console: Console = Console(stderr=output.json, highlight=False, soft_wrap=True)
-        self._bars: Console = Console(stderr=True)
-        handler = RichHandler(console=self._bars, show_time=False, show_path=False, show_level=False, markup=False)
+        self.console: Console = Console(stderr=output.json, highlight=False, soft_wrap=True, emoji=False)
+        self._bars: Console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
         log = logging.getLogger("trimtab")
-        log.handlers = [handler]
+        log.handlers = [_Notes(self)]
         log.setLevel(logging.WARNING if output.quiet else logging.INFO)
         log.propagate = False
 
@@ -78,47 +89,73 @@ class Screen:
         """One line that must not be missed, on standard error."""
         self._bars.print(f"warning: {text}", style="bold yellow", markup=False)
 
+    def note(self, text: str) -> None:
+        """One line about what is going on, on standard error."""
+        self._bars.print(text, markup=False)
+
     def result(self, values: Mapping[str, Any]) -> None:
         """The result, for --json."""
         if self.output.json:
-            print(json.dumps(values, indent=2, default=str))
+            print(json.dumps(values, indent=2, default=str, ensure_ascii=False))
 
     @contextmanager
-    def progress(self, what: str, unit: str = "") -> Iterator[Callable[[int, int], None]]:
-        """A bar with rate and time left, for long work; the block calls update(done, total). Quiet off a terminal."""
-        from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+    def progress(self, what: str, unit: str = "items") -> Iterator[Update]:
+        """A bar with rate and time left, for long work. Quiet off a terminal."""
+        from rich import progress as bars
 
-        class Rate(ProgressColumn):
-            def render(self, task: Task) -> Any:
+        class Rate(bars.ProgressColumn):
+            def render(self, task: bars.Task) -> Any:
                 speed = task.finished_speed or task.speed
-                return f"{speed:.1f} {unit}/s" if speed else ""
+                if not speed:
+                    return ""
+                return f"{speed:.1f} {unit}/s" if speed >= 1 else f"{1 / speed:.1f} s/{unit.removesuffix('s')}"
 
         shown = self._bars.is_terminal and not self.output.quiet
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), Rate())
-        with Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=self._bars, disable=not shown) as bar:
+        columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn(), Rate())
+        left = (bars.TextColumn("ETA"), bars.TimeRemainingColumn())
+        # Averaged over minutes: steps may take many seconds, and differ, for batches differ in length.
+        slow = {"speed_estimate_period": 300.0, "disable": not shown}
+        with bars.Progress(*columns, *left, console=self._bars, **slow) as bar:  # type: ignore[arg-type]
             task = bar.add_task(what, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+
+            def update(done: int, total: int, note: str = "") -> None:
+                bar.update(task, completed=done, total=total, description=f"{what}{note}")
+
+            yield update
 
 
-def load_model(flags: Any, screen: Screen, kind: str = "causal-lm") -> Any:
-    """The model that ModelFlags name, with threads and dtype chosen and told."""
+class _Notes(logging.Handler):
+    """The library's log on the screen: warnings as warnings, the rest as notes."""
+
+    def __init__(self, screen: Screen) -> None:
+        super().__init__()
+        self.screen = screen
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        self.screen.warn(text) if record.levelno >= logging.WARNING else self.screen.note(text)
+
+
+def load_model(flags: ModelName, screen: Screen, kind: str = "causal-lm") -> Any:
+    """The model that the flags name. With ModelFlags, threads and dtype are chosen and told."""
     import torch
 
     from trimtab.models.load import load
     from trimtab.train.machine import choose
 
-    machine = choose(flags.threads, flags.dtype)
+    machine = choose(flags.threads, flags.dtype) if isinstance(flags, ModelFlags) else None
     device = "cuda" if torch.cuda.is_available() else None
     loaded: Any = load(
         flags.model,
-        dtype=machine.dtype,
+        dtype=machine.dtype if machine else None,
         device=device,
         trust_remote_code=flags.trust_remote_code,
         kind=kind,  # type: ignore[arg-type]
         progress=screen.say,
     )
-    size = f"{loaded.model.num_parameters():,} parameters in {str(machine.dtype).removeprefix('torch.')}"
-    screen.say(f"{flags.model}: {size}, {machine.threads} threads ({machine.reason})")
+    size = f"{loaded.model.num_parameters():,} parameters in {str(loaded.model.dtype).removeprefix('torch.')}"
+    threads = "" if machine is None else f", {machine.threads} thread{'s' * (machine.threads > 1)} ({machine.reason})"
+    screen.say(f"{flags.model}: {size}{threads}")
     return loaded
 
 
@@ -135,4 +172,22 @@ def new_run(out: str | None, kind: str, resume: bool = False) -> Path:
         raise UsageError(f"{path} is a file, but the run needs a folder")
     if path.is_dir() and any(path.iterdir()) and not resume:
         raise UsageError(f"{path} is not empty: choose another folder, or go on with --resume")
+    refuse_unwritable(path)
     return path
+
+
+def refuse_unwritable(path: Path) -> None:
+    """UsageError when a folder could not be made or written, told before the work and not after it."""
+    parent = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    if not parent.is_dir():
+        raise UsageError(f"{path} cannot be made: {parent} is a file")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{path} cannot be written ({parent} is read-only for you): choose another folder")
+
+
+def refuse_taken(out: str) -> None:
+    """UsageError when a new folder cannot take the name `out`, told before the work and not after it."""
+    path = Path(out)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UsageError(f"{path} exists and is not empty: choose another folder")
+    refuse_unwritable(path)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from trimtab.cli.common import Screen, load_model, new_run, options
-from trimtab.cli.recipe import Recipe, build_recipe, write_config
+from trimtab.cli.common import ModelFlags, Screen, load_model, new_run, options
+from trimtab.cli.recipe import Recipe, build_recipe, resolved, write_config
 from trimtab.cli.train import attach_recipe, fit_run
 from trimtab.files import write_whole
 from trimtab.options import option
@@ -22,11 +23,12 @@ if TYPE_CHECKING:
     from trimtab.tasks.naming import NamingScore, NamingTask
 
 INSTRUCTION_TOKENS = 512
+EVALUATED = 32  # of the test functions, for the loss while training: enough to see it fall
 ANSWER_TOKENS = 16  # names of the standard library take 4 tokens in the median, 12 at most nearly always
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DemoFlags:
+class DemoFlags(ModelFlags):
     model: str = option("smollm2-135m", "short name (trimtab list models), folder, GGUF file or hub id")
     code: str | None = option(None, "folder of Python files to learn from; by default the standard library")
     functions: int = option(480, "functions to train on")
@@ -35,11 +37,6 @@ class DemoFlags:
     lr: float = option(5e-4, "learning rate, falling linearly to 0")
     seed: int = option(0, "of the split, the adapter's start and the order of the data")
     out: str | None = option(None, "the run's folder; by default runs/demo-N")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "dtype to load the model in; auto takes bfloat16 only where this machine is quick at it"
-    )
-    threads: int | None = option(None, "CPU threads; by default measured")
-    trust_remote_code: bool = option(False, "run Python code that comes with the model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +67,8 @@ def run(name: str, summary: str, argv: list[str]) -> None:
         f"({len(task.modules_train)} and {len(task.modules_test)} modules)"
     )
     loaded = load_model(flags, screen)
-    recipe = _recipe(flags, task, folder)
+    recipe = resolved(_recipe(flags, task, folder), loaded)
+    write_config(recipe, folder)
     before = measure(loaded, task, screen, "before")
     adapter, result = _train(recipe, loaded, task, folder, screen)
     after = measure(loaded, task, screen, "after")
@@ -87,7 +85,8 @@ def _recipe(flags: DemoFlags, task: NamingTask, folder: Path) -> Recipe:
     """The run as a recipe that `trimtab train --config` takes, with its data beside it."""
     from trimtab.tasks import naming
 
-    for side, functions in (("train", task.train), ("test", task.test)):
+    sides = {"train": task.train, "test": task.test, "evaluation": task.test[:EVALUATED]}
+    for side, functions in sides.items():
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in naming.rows(functions))
         write_whole(folder / "data" / f"{side}.jsonl", lines)
     flat = {
@@ -96,6 +95,8 @@ def _recipe(flags: DemoFlags, task: NamingTask, folder: Path) -> Recipe:
         "threads": flags.threads,
         "trust_remote_code": flags.trust_remote_code,
         "data": str(folder / "data" / "train.jsonl"),
+        "eval_data": str(folder / "data" / "evaluation.jsonl"),
+        "eval_every": max(1, math.ceil(flags.functions / 8) // 4),
         "max_length": INSTRUCTION_TOKENS,
         "method": "lora",
         "rank": flags.rank,
@@ -103,13 +104,11 @@ def _recipe(flags: DemoFlags, task: NamingTask, folder: Path) -> Recipe:
         "lr": flags.lr,
         "schedule": "linear",
         "batch_size": min(8, flags.functions),
-        "micro_batch": min(4, flags.functions),
+        "micro_batch": min(2, flags.functions),
         "seed": flags.seed,
         "out": str(folder),
     }
-    recipe = build_recipe(flat, "trimtab demo")
-    write_config(recipe, folder)
-    return recipe
+    return build_recipe(flat, "trimtab demo")
 
 
 def measure(loaded: Any, task: NamingTask, screen: Screen, when: str) -> Skill:
@@ -140,9 +139,12 @@ def _train(
     from trimtab.data.encode import encode
     from trimtab.data.read import read
 
-    examples = encode(read(recipe.data.data), loaded.tokenizer, max_length=recipe.data.max_length)
+    files = recipe.data.data, recipe.data.eval_data
+    examples, evaluation = (
+        encode(read(file), loaded.tokenizer, max_length=recipe.data.max_length) for file in files if file
+    )
     adapter = attach_recipe(recipe, loaded.model)
-    result = fit_run(recipe, adapter, loaded.tokenizer, examples, [], folder, screen, [])
+    result = fit_run(recipe, adapter, loaded.tokenizer, examples, evaluation, folder, screen, [])
     screen.say(f"trained {result['trainable_parameters']:,} parameters in {result['seconds']:.0f} s")
     return adapter, result
 
@@ -224,10 +226,10 @@ def _tell(
     screen.say()
     screen.console.print(table)
     shown = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("its author's name", "before", "after"):
-        shown.add_column(column, overflow="ellipsis", no_wrap=True, max_width=34)
+    for column, width in (("its author's name", 22), ("after", 22), ("before", 30)):
+        shown.add_column(column, overflow="ellipsis", no_wrap=True, width=width)
     for function, old, new in list(zip(task.test, before.answers, after.answers, strict=True))[:6]:
-        shown.add_row(function.name, old.replace("\n", " "), new.replace("\n", " "))
+        shown.add_row(function.name, new.replace("\n", " "), old.replace("\n", " "))
     screen.say()
     screen.console.print(shown)
     screen.say(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Literal
 
-from trimtab.cli.common import ModelFlags, Screen, load_model, options
+from trimtab.cli.common import ModelName, Screen, load_model, options, refuse_unwritable
 from trimtab.options import option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExportFlags(ModelFlags):
+class ExportFlags(ModelName):
     adapter: str = option(help="the adapter's folder")
     out: str = option(help="folder for the exported adapter")
     format: Literal["peft"] = option("peft", "peft: a standard LoRA that PEFT and others load")
@@ -19,6 +20,7 @@ class ExportFlags(ModelFlags):
 def run(name: str, summary: str, argv: list[str]) -> None:
     """Load the adapter on its model, so that it is known to fit, and write it anew."""
     flags, output = options(ExportFlags, name, summary, argv)
+    refuse_unwritable(Path(flags.out))
     screen = Screen(output)
     import trimtab
     from trimtab.formats.peft import export_peft

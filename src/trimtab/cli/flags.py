@@ -15,7 +15,7 @@ from trimtab.options import type_name
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
+        raise UsageError(f"{message} (see {self.prog} --help)")
 
 
 def parse(
@@ -24,19 +24,21 @@ def parse(
     """The values given on the command line, by field name, unconverted; prints the help and exits on --help.
 
     groups: a title and a dataclass each. Fields that were not given are absent, so that a recipe file can
-    supply them. UsageError for an unknown flag, naming the nearest known ones.
+    supply them. A flag of several values takes them at once or is given again, and takes one at a time where
+    the command has arguments without a flag. UsageError for an unknown flag, naming the nearest known ones.
     """
     parser = _Parser(
-        f"trimtab {command}", description=summary, epilog=notes, allow_abbrev=False,
+        f"trimtab {command}", description=summary, epilog=notes, allow_abbrev=False, usage=_usage(command, groups),
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
     )  # fmt: skip
+    placed = any(_is_placed(field) for _, cls in groups for field in dataclasses.fields(cls))
     flags: list[str] = []
     for title, cls in groups:
         group = parser.add_argument_group(title)
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
-            flags.append(_add(group, field, hints[field.name]))
-    known, unknown = parser.parse_known_args(list(argv))
+            flags.append(_add(group, field, hints[field.name], None if placed else "+"))
+    known, unknown = parser.parse_known_intermixed_args(list(argv))
     if unknown:
         wrong = next((u for u in unknown if u.startswith("-")), unknown[0])
         if not wrong.startswith("-"):
@@ -69,24 +71,49 @@ class _Extend(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
         kind = _Pairs if self.const == "pairs" else list
-        setattr(namespace, self.dest, kind([*getattr(namespace, self.dest, []), *values]))
+        new = values if isinstance(values, list) else [values]
+        setattr(namespace, self.dest, kind([*getattr(namespace, self.dest, []), *new]))
 
 
-def _add(group: Any, field: dataclasses.Field[Any], kind: Any) -> str:
+def _is_placed(field: dataclasses.Field[Any]) -> bool:
+    return bool(field.metadata.get("positional"))
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _usage(command: str, groups: Sequence[tuple[str, type]]) -> str:
+    """What a command cannot do without, in one line; all of it stands below."""
+    words = ["trimtab", command]
+    for _, cls in groups:
+        for field in dataclasses.fields(cls):
+            flag, name = "--" + field.name.replace("_", "-"), field.name.upper()
+            if _is_placed(field):
+                words.append(name if _is_required(field) else f"[{name} ...]")
+            elif _is_required(field):
+                words.append(f"{flag} {name}")
+    return " ".join([*words, "[flags]"])
+
+
+def _add(group: Any, field: dataclasses.Field[Any], kind: Any, count: str | None) -> str:
     name = "--" + field.name.replace("_", "-")
     origin = typing.get_origin(kind)
     text = field.metadata.get("help", "") + _default(field)
     options: dict[str, Any] = {"help": text.replace("%", "%%")}
     several = origin is tuple or origin in (dict, Mapping)
     if several:
-        options |= {"action": _Extend, "nargs": "+", "const": "pairs" if origin is not tuple else None}
-    if field.metadata.get("positional"):
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        options |= {"action": _Extend, "nargs": count, "const": "pairs" if origin is not tuple else None}
+    if _is_placed(field):
+        required = _is_required(field)
         options["nargs"] = ("+" if required else "*") if several else (None if required else "?")
         group.add_argument(field.name, metavar=field.name.upper(), **options)
         return field.name
     if kind is bool:
-        group.add_argument(name, action=argparse.BooleanOptionalAction, **options)
+        # --no-NAME is there for what a recipe turns on, and not worth a line of the help.
+        group.add_argument(name, action="store_const", const=True, **options)
+        no = "--no-" + name[2:]
+        group.add_argument(no, dest=field.name, action="store_const", const=False, help=argparse.SUPPRESS)
     else:
         group.add_argument(name, metavar=_metavar(kind), **options)
     return name

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.cli.common import ModelFlags, Screen, load_model, options
-from trimtab.errors import UsageError, did_you_mean
+from trimtab.errors import UsageError, did_you_mean, problems_to_error
 from trimtab.options import option
 
 BASE = "base"
@@ -32,10 +32,15 @@ class GenerateFlags(ModelFlags):
 def run(name: str, summary: str, argv: list[str]) -> None:
     """Answer every prompt with every adapter asked for, or a file of rows each with its own."""
     flags, output = options(GenerateFlags, name, summary, argv)
+    check_sampling(flags.max_new_tokens, flags.temperature, flags.batch_size)
     adapters = named_adapters(flags.adapter)
     requests = _requests(flags, list(adapters))
     screen = Screen(output)
     loaded = load_model(flags, screen)
+    if loaded.tokenizer is None:
+        raise UsageError(f"{flags.model} has no tokenizer, so it cannot read a prompt")
+    if not flags.raw and not loaded.tokenizer.chat_template:
+        raise UsageError(f"{flags.model} has no chat template: give --raw to continue the prompts as they are")
     load_adapters(loaded.model, adapters)
     answers = _answer(flags, loaded, requests, screen)
     results = [
@@ -45,8 +50,21 @@ def run(name: str, summary: str, argv: list[str]) -> None:
     for row in results:
         if len(results) > 1:
             screen.say(f"[{row['adapter'] or BASE}] {row['prompt']}", style="bold")
-        screen.console.print(row["answer"], markup=False)
+        if not output.json:
+            print(row["answer"])  # as it is: the console would take marks and control characters out
     screen.result({"answers": results})
+
+
+def check_sampling(max_new_tokens: int, temperature: float, batch_size: int = 1) -> None:
+    """UsageError for what no answer can be made with, told before the model is loaded."""
+    problems = [
+        f"{name} is {value}, but must be at least 1"
+        for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size))
+        if value < 1
+    ]
+    if temperature < 0:
+        problems.append(f"temperature is {temperature}, but must be at least 0")
+    problems_to_error(problems, "generation")
 
 
 def named_adapters(given: tuple[str, ...]) -> dict[str, str]:
@@ -79,6 +97,8 @@ def _requests(flags: GenerateFlags, names: list[str]) -> list[tuple[str, str | N
     """(prompt, adapter) of every answer wanted."""
     if bool(flags.prompt) == bool(flags.rows):
         raise UsageError("give either prompts or --rows FILE")
+    if flags.rows and flags.use:
+        raise UsageError("--rows says which adapter each row uses: leave --use out")
     if flags.rows:
         return [
             _row(line, f"{flags.rows} line {n}", names) for n, line in enumerate(_lines(flags.rows), 1) if line.strip()
@@ -91,7 +111,7 @@ def _requests(flags: GenerateFlags, names: list[str]) -> list[tuple[str, str | N
 
 def _lines(file: str) -> list[str]:
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = Path(file).read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise UsageError(f"cannot read {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -7,22 +7,23 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from trimtab.cli.common import ModelFlags, Screen, load_model, options
+from trimtab.cli.common import ModelName, Screen, load_model, options, refuse_taken
 from trimtab.options import option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MergeFlags(ModelFlags):
+class MergeFlags(ModelName):
     adapter: str = option(help="the adapter's folder")
     out: str = option(help="folder for the merged model")
-    merge_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "dtype of the merged weights; auto keeps the model's, float32 loses nothing of the change"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "dtype of the merged model; auto keeps the checkpoint's, float32 loses nothing of the change"
     )
 
 
 def run(name: str, summary: str, argv: list[str]) -> None:
     """Load, merge, audit, save."""
     flags, output = options(MergeFlags, name, summary, argv)
+    refuse_taken(flags.out)
     screen = Screen(output)
     import trimtab
     from trimtab.files import write_whole
@@ -30,7 +31,7 @@ def run(name: str, summary: str, argv: list[str]) -> None:
 
     loaded = load_model(flags, screen)
     adapter = trimtab.load(loaded.model, flags.adapter)
-    dtype = None if flags.merge_dtype == "auto" else DTYPES[flags.merge_dtype]
+    dtype = None if flags.dtype == "auto" else DTYPES[flags.dtype]
     audit = trimtab.merge(adapter, dtype=dtype, tokenizer=loaded.tokenizer)
     screen.say(audit.summary())
     folder = trimtab.save_merged(loaded.model, flags.out, tokenizer=loaded.tokenizer)

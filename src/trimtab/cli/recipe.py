@@ -59,8 +59,10 @@ class RunFlags:
     """Where the run goes."""
 
     out: str | None = option(None, "the run's folder; by default runs/train-N")
-    resume: bool = option(False, "go on with the run in --out from its newest checkpoint")
-    log_to: tuple[str, ...] = option((), "also log to tensorboard, mlflow or wandb, through their own libraries")
+    resume: bool = option(False, "go on with the run in --out, as its config.yaml says, from its newest checkpoint")
+    log_to: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = option(
+        (), "also log to these, through their own libraries"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,43 +95,74 @@ class _Choice:
 
 def read_recipe(name: str, summary: str, argv: list[str]) -> tuple[Recipe, Output]:
     """The recipe from --config and flags. Every wrong key and value is named at once."""
-    groups: list[tuple[str, type]] = [("recipe", _Choice)]
-    method = _method_name(argv)
-    groups += [(f"method {method}", method_spec(method))]
+    file = _config_file(argv)
+    config = read_yaml(file) if file else {}
+    method = _method_name(argv, config)
+    groups: list[tuple[str, type]] = [("recipe", _Choice), (f"method {method}", method_spec(method))]
     groups += [(TITLES[key], cls) for key, cls in GROUPS.items()]
     given = parse(name, summary, [*groups, ("output", Output)], argv)
-    file = given.pop("config", None)
-    flat = {**(read_yaml(file) if file else {}), **given, "method": method}
-    flat = {key.replace("-", "_"): value for key, value in flat.items()}
-    return build_recipe(flat, file or f"trimtab {name}"), Output(**own(Output, given))
+    output = Output(**own(Output, given))
+    given = {key: value for key, value in given.items() if key != "config" and key not in own(Output, given)}
+    if given.get("resume") and not file and not {"model", "data"} <= given.keys():
+        raise UsageError(f"there is no run to resume in {given.get('out', '--out')}: it has no config.yaml")
+    flat = {key.replace("-", "_"): value for key, value in {**config, **given, "method": method}.items()}
+    return build_recipe(flat, file or f"trimtab {name}"), output
 
 
-def _method_name(argv: list[str]) -> str:
-    """The method, known before the flags are: they depend on it."""
+def _flag_values(argv: list[str]) -> dict[str, str]:
     words = [w for a in argv for w in (a.split("=", 1) if a.startswith("--") else [a])]
-    after = dict(itertools.pairwise(words))
-    config = read_yaml(after["--config"]) if "--config" in after else {}
-    name = str(after.get("--method", config.get("method", "lora")))
+    return dict(itertools.pairwise([*words, ""]))
+
+
+def _config_file(argv: list[str]) -> str | None:
+    """The recipe file: the one given, or that of the run to resume."""
+    after = _flag_values(argv)
+    if after.get("--config"):
+        return after["--config"]
+    saved = Path(after.get("--out", "")) / "config.yaml"
+    return str(saved) if "--resume" in after and "--out" in after and saved.exists() else None
+
+
+def _method_name(argv: list[str], config: Mapping[str, Any]) -> str:
+    """The method, known before the flags are: they depend on it."""
+    name = str(_flag_values(argv).get("--method") or config.get("method", "lora"))
     method_spec(name)
     return name
 
 
 def build_recipe(flat: Mapping[str, Any], what: str) -> Recipe:
     """A recipe from flat keys and values. UsageError lists every problem, before anything heavy is loaded."""
-    parts = {**GROUPS, "method": method_spec(str(flat["method"]))}
-    known = {f.name for part in parts.values() for f in dataclasses.fields(part)}
-    fine = known | {f.name for f in dataclasses.fields(Output)} | {"method"}
-    problems = [f"unknown key '{key}'{did_you_mean(key, fine)}" for key in flat if key not in fine]
+    method = str(flat["method"])
+    parts = {**GROUPS, "method": method_spec(method)}
+    known = {f.name for part in parts.values() for f in dataclasses.fields(part)} | {"method"}
+    problems = [_unknown(key, method, known) for key in flat if key not in known]
     values: dict[str, dict[str, Any]] = {}
     for key, part in parts.items():
         values[key], wrong = read_mapping(part, own(part, flat))
         problems += wrong
     problems_to_error(problems, what)
     made = {key: part(**values[key]) for key, part in parts.items()}
-    made["method"] = method_class(str(flat["method"]))(**values["method"])
+    made["method"] = method_class(method)(**values["method"])
     if made["data"].max_length < 2:
         raise UsageError(f"{what}: max_length is {made['data'].max_length}, but must be at least 2")
+    made["place"].parts()
     return Recipe(**made)
+
+
+def _unknown(key: str, method: str, known: set[str]) -> str:
+    for other in METHODS:
+        if key in {f.name for f in dataclasses.fields(method_spec(other))}:
+            return f"'{key}' is for method {other}, but the method is {method}"
+    return f"unknown key '{key}'{did_you_mean(key, known)}"
+
+
+def resolved(recipe: Recipe, loaded: Any) -> Recipe:
+    """The recipe with the dtype and the threads that were chosen, so that it says the same on every machine."""
+    import torch
+
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    model = dataclasses.replace(recipe.model, dtype=dtype, threads=torch.get_num_threads())  # type: ignore[arg-type]
+    return dataclasses.replace(recipe, model=model)
 
 
 def write_config(recipe: Recipe, folder: Path) -> None:
@@ -141,10 +174,20 @@ def write_config(recipe: Recipe, folder: Path) -> None:
     write_whole(folder / "config.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
 
 
-def check_same(recipe: Recipe, folder: Path) -> None:
-    """Refuse to resume a run with another recipe: it would not be the run that was interrupted."""
+def same_run(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe to resume a run with: its own dtype and threads, unless others are asked for.
+
+    UsageError names every key that differs: it would not be the run that was interrupted.
+    """
     before = read_yaml(str(folder / "config.yaml"))
+    model = recipe.model
+    if model.dtype == "auto":
+        model = dataclasses.replace(model, dtype=before.get("dtype", "auto"))
+    if model.threads is None:
+        model = dataclasses.replace(model, threads=before.get("threads"))
+    recipe = dataclasses.replace(recipe, model=model)
     now = recipe.to_dict()
     keys = [key for key in {**before, **now} if key != "threads" and before.get(key) != now.get(key)]
     changed = [f"{key} was {before.get(key)!r}, and is {now.get(key)!r} now" for key in keys]
     problems_to_error(changed, f"{folder} was started with another recipe")
+    return recipe

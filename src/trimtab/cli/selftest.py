@@ -5,24 +5,22 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from trimtab.cli.common import Screen, load_model, options
-from trimtab.deltas import METHODS, make_method
+from trimtab.cli.common import ModelFlags, Screen, load_model, options
+from trimtab.deltas import METHODS, make_method, method_spec
 from trimtab.errors import TrimtabError
 from trimtab.options import option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SelftestFlags:
-    model: str | None = option(None, "the model to test on; by default a tiny random one")
+class SelftestFlags(ModelFlags):
+    model: str = option("", "short name, folder, GGUF file or hub id; by default a tiny random model")
     method: str = option("lora", f"one of {', '.join(METHODS)}")
-    dtype: str = option("auto", "auto, float32, bfloat16 or float16")
-    threads: int | None = option(None, "CPU threads; by default measured")
-    trust_remote_code: bool = option(False, "run Python code that comes with the model")
 
 
 def run(name: str, summary: str, argv: list[str]) -> None:
     """Run the checks and print each with its difference; exit code 1 when one fails."""
     flags, output = options(SelftestFlags, name, summary, argv)
+    method_spec(flags.method)
     screen = Screen(output)
     import logging
 

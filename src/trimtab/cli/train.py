@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.cli.common import Screen, load_model, new_run
-from trimtab.cli.recipe import Recipe, check_same, read_recipe, write_config
+from trimtab.cli.recipe import Recipe, read_recipe, resolved, same_run, write_config
 from trimtab.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,8 +24,10 @@ def run(name: str, summary: str, argv: list[str]) -> None:
     recipe, output = read_recipe(name, summary, argv)
     screen = Screen(output)
     folder = new_run(recipe.run.out, "train", recipe.run.resume)
-    if recipe.run.resume:
-        check_same(recipe, folder)
+    if recipe.run.resume and (folder / "config.yaml").exists():
+        recipe = same_run(recipe, folder)
+    elif recipe.run.resume:
+        screen.warn(f"nothing to resume in {folder} yet: starting from the beginning")
     result = train(recipe, folder, screen)
     screen.say(
         f"trained in {result['seconds']:.0f} s, {result['tokens_per_second']:.0f} tokens/s, "
@@ -32,24 +35,21 @@ def run(name: str, summary: str, argv: list[str]) -> None:
         + (f", evaluation {result['eval_loss']:.3f}" if result["eval_loss"] is not None else "")
     )
     screen.say(f"adapter: {result['adapter']}")
-    screen.say(f"next: trimtab report {folder}")
-    screen.say(
-        f"      trimtab merge --model {recipe.model.model} --adapter {result['adapter']} --out {folder / 'merged'}"
-    )
+    model, adapter, merged = (shlex.quote(str(x)) for x in (recipe.model.model, result["adapter"], folder / "merged"))
+    screen.say(f"next: trimtab report {shlex.quote(str(folder))}")
+    screen.say(f"      trimtab merge --model {model} --adapter {adapter} --out {merged}")
     screen.result(result)
 
 
 def train(recipe: Recipe, folder: Path, screen: Screen) -> dict[str, Any]:
     """Train as a recipe says, in a run folder. Returns the run's result, also written to result.json."""
-    from trimtab.train.metrics import LOGGERS, make_logger
+    from trimtab.train.metrics import make_logger
 
-    unknown = [name for name in recipe.run.log_to if name not in LOGGERS]
-    if unknown:
-        raise UsageError(f"log_to is '{unknown[0]}', but must be one of {', '.join(LOGGERS)}")
     sources = read_sources(recipe, screen)
     loaded = load_model(recipe.model, screen)
     examples, evaluation = encode_sources(recipe, *sources, loaded.tokenizer, screen)
     adapter = attach_recipe(recipe, loaded.model)
+    recipe = resolved(recipe, loaded)
     loggers = [make_logger(name, folder) for name in recipe.run.log_to]
     write_config(recipe, folder)
     return fit_run(recipe, adapter, loaded.tokenizer, examples, evaluation, folder, screen, loggers)
@@ -123,20 +123,24 @@ def fit_run(
     with screen.progress("training", "steps") as update:
 
         def on_step(report: StepReport) -> None:
-            update(report.step, report.steps)
+            update(report.step, report.steps, f", loss {report.loss:.2f}")
 
-        done = fit(
-            adapter,
-            examples,
-            recipe.training,
-            eval_examples=evaluation,
-            out=folder,
-            resume=recipe.run.resume,
-            pad_id=tokenizer.pad_token_id or 0,
-            on_step=on_step,
-            loggers=loggers,
-        )
-    result = describe(recipe, adapter, done)
+        try:
+            done = fit(
+                adapter,
+                examples,
+                recipe.training,
+                eval_examples=evaluation,
+                out=folder,
+                resume=recipe.run.resume,
+                pad_id=tokenizer.pad_token_id or 0,
+                on_step=on_step,
+                loggers=loggers,
+            )
+        except KeyboardInterrupt as stop:
+            again = f"trimtab train --out {shlex.quote(str(folder))} --resume"
+            raise KeyboardInterrupt(f"go on with {again}") from stop
+    result = describe(recipe, adapter, done, folder)
     write_whole(folder / "result.json", json.dumps(result, indent=2) + "\n")
     write_whole(folder / "layers.json", json.dumps(layer_changes(adapter)) + "\n")
     return result
@@ -155,7 +159,7 @@ def layer_changes(adapter: Adapter) -> list[dict[str, Any]]:
     return rows
 
 
-def describe(recipe: Recipe, adapter: Adapter, done: FitResult) -> dict[str, Any]:
+def describe(recipe: Recipe, adapter: Adapter, done: FitResult, folder: Path) -> dict[str, Any]:
     """The figures of a run, and what they depend on."""
     import platform
 
@@ -168,6 +172,7 @@ def describe(recipe: Recipe, adapter: Adapter, done: FitResult) -> dict[str, Any
     own = {id(p) for p in adapter.parameters()}
     return {
         **dataclasses.asdict(done),
+        "run": str(folder),
         "model": recipe.model.model,
         "method": recipe.method.options(),
         "adapted_modules": len(adapter.deltas),

@@ -174,8 +174,7 @@ def _embedding_layout(module: nn.Embedding) -> Layout | None:
     factor: Any = getattr(module, "embed_scale", None)
     if "ScaledWordEmbedding" not in own.__name__ or factor is None:
         return None
-    exact = getattr(module, "scalar_embed_scale", None)
-    return EmbeddingLayout(*sizes, float(factor if exact is None else exact), isinstance(factor, Tensor))
+    return EmbeddingLayout(*sizes, float(factor), isinstance(factor, Tensor))
 
 
 def _conv_layout(module: Any, dimensions: int) -> Layout:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
+from array import array
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from trimtab.adapt.adapter import Adapter
-from trimtab.errors import FormatError
+from trimtab.data.encode import Example
+from trimtab.errors import FormatError, problems_to_error
 from trimtab.files import whole_folder
-from trimtab.formats.tensors import read_json, read_tensors
+from trimtab.formats.tensors import read_json, read_tensors, write_tensors
+from trimtab.options import to_mapping
+from trimtab.train.settings import Settings
 
 TENSORS, FIGURES = "state.safetensors", "state.json"
 
@@ -41,10 +47,31 @@ class Progress:
         self.loss_sum += loss * supervised_tokens
 
 
-def save_checkpoint(folder: Path, adapter: Adapter, optimizer: Optimizer, progress: Progress, keep: int = 2) -> Path:
-    """Write `folder`/step-NNNNNN and drop all but the newest `keep`. Raises StorageError; earlier ones stay whole."""
-    from safetensors.torch import save_file
+def run_identity(
+    adapter: Adapter, settings: Settings, examples: Sequence[Example], eval_examples: Sequence[Example]
+) -> dict[str, Any]:
+    """What a run is made from, besides the model: with another method, settings or data, resuming would be wrong."""
+    data = {"training data": _digest(examples), "evaluation data": _digest(eval_examples)}
+    return {"method": adapter.method.options(), **to_mapping(settings), **data}
 
+
+def _digest(examples: Sequence[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(array("q", [example.row, len(example.input_ids), *example.input_ids]).tobytes())
+        digest.update(bytes(example.supervised))
+    return f"{len(examples)} examples, {digest.hexdigest()[:12]}"
+
+
+def save_checkpoint(
+    folder: Path,
+    adapter: Adapter,
+    optimizer: Optimizer,
+    progress: Progress,
+    identity: Mapping[str, Any],
+    keep: int = 2,
+) -> Path:
+    """Write `folder`/step-NNNNNN and drop all but the newest `keep`. Raises StorageError; earlier ones stay whole."""
     path = folder / f"step-{progress.step:06d}"
     tensors = {f"adapter.{key}": tensor for key, tensor in adapter.state_dict().items()}
     for number, state in optimizer.state_dict()["state"].items():
@@ -55,8 +82,9 @@ def save_checkpoint(folder: Path, adapter: Adapter, optimizer: Optimizer, progre
     if torch.cuda.is_available():
         tensors.update({f"random.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())})
     with whole_folder(path, marker=FIGURES) as partial:
-        save_file({k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}, partial / TENSORS)
-        (partial / FIGURES).write_text(json.dumps(dataclasses.asdict(progress)), encoding="utf-8")
+        write_tensors(partial / TENSORS, _on_cpu(tensors))
+        figures = {"progress": dataclasses.asdict(progress), "run": identity}
+        (partial / FIGURES).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return path
@@ -64,12 +92,14 @@ def save_checkpoint(folder: Path, adapter: Adapter, optimizer: Optimizer, progre
 
 def save_weights(path: Path, adapter: Adapter) -> Path:
     """Write an adapter's state alone, whole or not at all."""
-    from safetensors.torch import save_file
-
     with whole_folder(path, marker=TENSORS) as partial:
-        state = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in adapter.state_dict().items()}
-        save_file(state, partial / TENSORS)
+        write_tensors(partial / TENSORS, _on_cpu(adapter.state_dict()))
     return path
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # Copied one by one: the file format refuses tensors that share memory.
+    return {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
 
 
 def load_weights(path: Path, adapter: Adapter) -> None:
@@ -79,24 +109,47 @@ def load_weights(path: Path, adapter: Adapter) -> None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints in a folder, oldest first."""
-    return sorted(p for p in folder.glob("step-*") if (p / FIGURES).exists() and (p / TENSORS).exists())
+    whole = (p for p in folder.glob("step-*") if (p / FIGURES).exists() and (p / TENSORS).exists())
+    return sorted(whole, key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def load_checkpoint(path: Path, adapter: Adapter, optimizer: Optimizer) -> Progress:
-    """Put a checkpoint back into adapter, optimizer and random generators. FormatError when it does not fit."""
+def clear_partial(folder: Path) -> None:
+    """Take away what a run that was killed while saving has left behind."""
+    whole = set(checkpoints(folder))
+    for path in [*folder.glob(".step-*"), *folder.glob("step-*")]:
+        if path not in whole:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def load_checkpoint(path: Path, adapter: Adapter, optimizer: Optimizer, identity: Mapping[str, Any]) -> Progress:
+    """Put a checkpoint back into adapter, optimizer and random generators.
+
+    FormatError when it is no checkpoint, UsageError naming what differs when it is of another run.
+    """
     figures = read_json(path / FIGURES)
+    try:
+        progress, before = Progress(**figures["progress"]), dict(figures["run"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise FormatError(f"{path / FIGURES} is not a checkpoint of this version ({error})") from error
+    now = json.loads(json.dumps(identity))
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    problems_to_error(
+        [f"{key} was {before.get(key)!r}, and is {now.get(key)!r} now" for key in changed],
+        f"{path} is of another run",
+    )
     tensors = read_tensors(path / TENSORS)
     adapter.load_state_dict({k[8:]: t for k, t in tensors.items() if k.startswith("adapter.")})
+    _load_optimizer(optimizer, tensors)
+    torch.set_rng_state(tensors["random.cpu"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([t for k, t in sorted(tensors.items()) if k.startswith("random.cuda.")])
+    return progress
+
+
+def _load_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
     state: dict[int, dict[str, Any]] = {}
     for key, tensor in tensors.items():
         if key.startswith("optimizer."):
             _, number, name = key.split(".", 2)
             state.setdefault(int(number), {})[name] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    torch.set_rng_state(tensors["random.cpu"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([t for k, t in sorted(tensors.items()) if k.startswith("random.cuda.")])
-    try:
-        return Progress(**figures)
-    except TypeError as error:
-        raise FormatError(f"{path / FIGURES} is not a checkpoint of this version: {error}") from error

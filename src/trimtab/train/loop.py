@@ -11,24 +11,35 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trimtab.adapt.adapter import Adapter
-from trimtab.data.batch import Batch, batches, pack, pad
 from trimtab.data.encode import Example
-from trimtab.errors import TrainingError, UsageError
-from trimtab.train.checkpoint import Progress, checkpoints, load_checkpoint, load_weights, save_checkpoint, save_weights
-from trimtab.train.loss import causal_loss, mean_loss
+from trimtab.errors import UsageError, problems_to_error
+from trimtab.train.checkpoint import (
+    Progress,
+    checkpoints,
+    clear_partial,
+    load_checkpoint,
+    load_weights,
+    run_identity,
+    save_checkpoint,
+    save_weights,
+)
+from trimtab.train.guard import LastGood, all_finite, memory_advice, not_finite, training_mode
+from trimtab.train.interrupt import between_steps
+from trimtab.train.loss import Loss, causal_loss, mean_loss, refuse_leaky_packing, refuse_not_causal
 from trimtab.train.metrics import Logger, MetricsFile
+from trimtab.train.plan import Plan, eval_batches, micro_batches
 from trimtab.train.settings import Settings
 
-Loss = Callable[[nn.Module, Batch], Tensor]
+AUTOSAVE_SECONDS = 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,110 +112,111 @@ def fit(
 
     examples: token sequences that say which tokens are targets (`trimtab.data.encode`). out: a run folder for
     metrics.jsonl, checkpoints/ and adapter/; None writes nothing. resume: go on from the newest checkpoint in `out`,
-    bit for bit as if never stopped. loss(model, batch): the sum over supervised tokens. Raises TrainingError when a
-    loss is not finite or memory runs out; the last good adapter is saved first.
+    bit for bit as if never stopped. loss(model, batch): the sum over supervised tokens, in training and evaluation.
+    Raises UsageError for settings, examples or a model that do not go together, and TrainingError when a loss is not
+    finite or memory runs out; the last good adapter is kept. A first Ctrl-C ends the step and writes a checkpoint.
     """
     settings = settings or Settings()
     model, device = adapter.model, next(adapter.model.parameters()).device
-    plan = Plan.of(examples, settings, adapter.method.default_lr)
-    evaluation = _eval_batches(eval_examples, settings, pad_id)
-    parameters, optimizer = adapter.parameters(), _optimizer(adapter, plan.base_lr, settings)
     out = Path(out) if out is not None else None
+    _refuse(model, settings, eval_examples, out, resume, loss)
+    plan = Plan.of(examples, settings, adapter.method.default_lr)
+    evaluation = eval_batches(eval_examples, settings, pad_id)
+    parameters, optimizer = adapter.parameters(), _optimizer(adapter, plan.base_lr, settings)
+    identity = run_identity(adapter, settings, examples, eval_examples)
 
-    with _training_mode(model, settings):
-        progress = _resumed(out, adapter, optimizer) if resume else Progress()
-        sinks = [*([MetricsFile(out / "metrics.jsonl", progress.step)] if out else []), *loggers]
-        eval_loss, started = progress.eval_loss, time.perf_counter() - progress.seconds
+    with training_mode(model, settings), memory_advice(settings), between_steps(out is not None) as wish:
+        progress = _resumed(out, adapter, optimizer, identity) if resume else Progress()
+        good, eval_loss, clock = LastGood(adapter, progress.step), progress.eval_loss, Clock(progress.seconds)
+        optimizer.zero_grad()
+        with _sinks(out, progress.step, loggers) as sinks:
+            for step in range(progress.step + 1, plan.steps + 1):
+                chosen, lr = plan.batch(step), plan.lr(step)
+                parts = micro_batches(examples, chosen, settings, pad_id)
+                supervised = sum(batch.supervised_tokens for batch in parts)
 
-        for step in range(progress.step + 1, plan.steps + 1):
-            chosen, lr = plan.batch(step), plan.lr(step)
-            parts = micro_batches(examples, chosen, settings, pad_id)
-            supervised = sum(batch.supervised_tokens for batch in parts)
-
-            step_loss = 0.0
-            with _memory_advice(settings):
+                step_loss = 0.0
                 for batch in parts:
                     part = loss(model, batch.to(device)) / supervised
                     part.backward()  # type: ignore[no-untyped-call]
                     step_loss += part.item()
-            norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip or math.inf).item()
-            if not math.isfinite(step_loss + norm):
-                raise _not_finite(adapter, step, step_loss, norm, [examples[i].row for i in chosen], out)
+                norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip or math.inf).item()
+                if not math.isfinite(step_loss + norm):
+                    raise good.error(not_finite(step, step_loss, norm, [examples[i].row for i in chosen]), out)
+                good.keep(step - 1)
 
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group.get("lr_scale", 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            adapter.after_step(step)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * group.get("lr_scale", 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                adapter.after_step(step)
 
-            progress.add(step, sum(batch.real_tokens for batch in parts), supervised, step_loss)
-            if evaluation and plan.evaluates(step):
-                eval_loss = progress.eval_loss = mean_loss(model, evaluation)
-                _keep_if_best(adapter, progress, out)
-            progress.seconds = time.perf_counter() - started
-            report = StepReport.of(progress, plan, step_loss, lr, norm, eval_loss if plan.evaluates(step) else None)
-            for sink in sinks:
-                sink.log(report.row())
-            if on_step is not None:
-                on_step(report)
-            if out is not None and plan.saves(step):
-                save_checkpoint(out / "checkpoints", adapter, optimizer, progress)
+                progress.add(step, sum(batch.real_tokens for batch in parts), supervised, step_loss)
+                if evaluation and plan.evaluates(step):
+                    eval_loss = progress.eval_loss = mean_loss(model, evaluation, loss)
+                    if not math.isfinite(eval_loss):
+                        raise good.error(f"the evaluation after step {step} has loss {eval_loss}", out)
+                    _keep_if_best(adapter, progress, settings, out)
+                progress.seconds = clock.seconds()
+                report = StepReport.of(progress, plan, step_loss, lr, norm, eval_loss if plan.evaluates(step) else None)
+                for sink in sinks:
+                    sink.log(report.row())
+                if on_step is not None:
+                    on_step(report)
+                if out is not None and (plan.saves(step) or wish.to_stop or clock.is_due(settings)):
+                    save_checkpoint(out / "checkpoints", adapter, optimizer, progress, identity)
+                    clock.saved()
+                if wish.to_stop:
+                    raise KeyboardInterrupt
 
-        for sink in sinks:
-            sink.close()
+    if not all_finite(adapter):
+        raise good.error(f"step {plan.steps} leaves weights that are not finite", out)
     return _finish(adapter, progress, settings, out)
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Which examples each step takes and at what rate; from the settings alone, so a resumed run has the same."""
+class Clock:
+    """The seconds of training over all sessions of a run, and whether a checkpoint is due."""
 
-    lengths: tuple[int, ...]
-    settings: Settings
-    base_lr: float
-    steps_per_epoch: int
-    steps: int
+    def __init__(self, before: float) -> None:
+        now = time.perf_counter()
+        self._start, self._saved = now - before, now
 
-    @staticmethod
-    def of(examples: Sequence[Example], settings: Settings, default_lr: float) -> Plan:
-        """UsageError when there is nothing to learn from."""
-        if not any(any(example.supervised[1:]) for example in examples):
-            raise UsageError(
-                f"none of the {len(examples)} examples has a supervised token: there is nothing to train on"
-            )
-        per_epoch = math.ceil(len(examples) / settings.batch_size)
-        steps = max(1, math.ceil(settings.epochs * per_epoch - 1e-9))
-        steps = min(steps, settings.max_steps or steps)
-        lengths = tuple(len(example.input_ids) for example in examples)
-        return Plan(lengths, settings, settings.lr or default_lr, per_epoch, steps)
+    def seconds(self) -> float:
+        """Seconds of training so far, those before a resumption included."""
+        return time.perf_counter() - self._start
 
-    def batch(self, step: int) -> list[int]:
-        """The examples of optimizer step `step`, counted from 1."""
-        epoch, place = divmod(step - 1, self.steps_per_epoch)
-        return self._epoch(epoch)[place]
+    def is_due(self, settings: Settings) -> bool:
+        """Whether a run that names no interval of its own has gone long enough without a checkpoint."""
+        return settings.save_every is None and time.perf_counter() - self._saved > AUTOSAVE_SECONDS
 
-    def _epoch(self, epoch: int) -> list[list[int]]:
-        return batches(self.lengths, self.settings.batch_size, seed=self.settings.seed, epoch=epoch)
+    def saved(self) -> None:
+        """A checkpoint was written."""
+        self._saved = time.perf_counter()
 
-    def evaluates(self, step: int) -> bool:
-        """Whether the evaluation data is looked at after this step."""
-        return step == self.steps or bool(self.settings.eval_every and step % self.settings.eval_every == 0)
 
-    def saves(self, step: int) -> bool:
-        """Whether a checkpoint is written after this step."""
-        return bool(self.settings.save_every and step % self.settings.save_every == 0)
-
-    def lr(self, step: int) -> float:
-        """The learning rate of step `step`: rising linearly in warm-up, then constant, or falling to 0."""
-        warm = round(self.settings.warm_up * self.steps)
-        if step <= warm:
-            return self.base_lr * step / warm
-        done = (step - 1 - warm) / max(1, self.steps - warm)
-        if self.settings.schedule == "linear":
-            return self.base_lr * (1 - done)
-        if self.settings.schedule == "cosine":
-            return self.base_lr * (1 + math.cos(math.pi * done)) / 2
-        return self.base_lr
+def _refuse(
+    model: nn.Module,
+    settings: Settings,
+    eval_examples: Sequence[Example],
+    out: Path | None,
+    resume: bool,
+    loss: Loss,
+) -> None:
+    """UsageError for what would otherwise be ignored, overwritten or wrong."""
+    problems = []
+    for name in ("eval_every", "keep_best"):
+        if getattr(settings, name) and not eval_examples:
+            problems.append(f"{name} needs evaluation data: give eval_examples (--eval-data)")
+    for name, wanted in (("keep_best", settings.keep_best), ("save_every", settings.save_every), ("resume", resume)):
+        if wanted and out is None:
+            problems.append(f"{name} needs the run folder: give out")
+    if out is not None and not resume and checkpoints(out / "checkpoints"):
+        problems.append(f"{out} holds the checkpoints of another run: resume it, or choose another folder")
+    problems_to_error(problems, "training")
+    if loss is causal_loss:
+        refuse_not_causal(model)
+        if settings.packing == "pack":
+            refuse_leaky_packing(model)
 
 
 def _optimizer(adapter: Adapter, lr: float, settings: Settings) -> torch.optim.Optimizer:
@@ -212,91 +224,38 @@ def _optimizer(adapter: Adapter, lr: float, settings: Settings) -> torch.optim.O
     return torch.optim.AdamW(adapter.parameters(), lr=lr, weight_decay=settings.weight_decay, foreach=True)
 
 
-def micro_batches(examples: Sequence[Example], chosen: Sequence[int], settings: Settings, pad_id: int) -> list[Batch]:
-    """The examples of one step, as batches of at most `micro_batch`; those with nothing supervised are left out."""
-    size = settings.micro_batch or settings.batch_size
-    together = pack if settings.packing == "pack" else pad
-    useful = [examples[i] for i in chosen if any(examples[i].supervised[1:])]
-    return [together(useful[i : i + size], pad_id) for i in range(0, len(useful), size)]
-
-
-def _eval_batches(examples: Sequence[Example], settings: Settings, pad_id: int) -> list[Batch]:
-    by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
-    size = settings.batch_size
-    groups = [by_length[i : i + size] for i in range(0, len(by_length), size)]
-    found = [batch for group in groups for batch in micro_batches(examples, group, settings, pad_id)]
-    if examples and not found:
-        raise UsageError(f"none of the {len(examples)} evaluation examples has a supervised token")
-    return found
-
-
 @contextmanager
-def _training_mode(model: nn.Module, settings: Settings) -> Iterator[None]:
-    """Training mode, seeded; the caller's mode and random state come back afterwards."""
-    training = model.training
-    checkpointing: Any = getattr(model, "gradient_checkpointing_enable", None)
-    if settings.gradient_checkpointing and checkpointing is None:
-        raise UsageError(f"{type(model).__name__} has no gradient checkpointing: turn it off")
-    with torch.random.fork_rng(enabled=True):
-        torch.manual_seed(settings.seed)
-        model.train()
-        if settings.gradient_checkpointing:
-            checkpointing(gradient_checkpointing_kwargs={"use_reentrant": False})
-        try:
-            yield
-        finally:
-            if settings.gradient_checkpointing:
-                model.gradient_checkpointing_disable()  # type: ignore[operator]
-            model.train(training)
+def _sinks(out: Path | None, last_step: int, loggers: Sequence[Logger]) -> Iterator[list[Logger]]:
+    sinks: list[Logger] = [*([MetricsFile(out / "metrics.jsonl", last_step)] if out else []), *loggers]
+    with ExitStack() as stack:
+        for sink in sinks:
+            stack.callback(sink.close)
+        yield sinks
 
 
-@contextmanager
-def _memory_advice(settings: Settings) -> Iterator[None]:
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
-            raise
-        size = settings.micro_batch or settings.batch_size
-        advice = f"micro_batch (now {size}), " if size > 1 else ""
-        raise TrainingError(
-            f"out of memory: lower {advice}max_length or the rank, or turn on gradient_checkpointing; none but the "
-            "rank and max_length changes the result"
-        ) from error
-
-
-def _resumed(out: Path | None, adapter: Adapter, optimizer: torch.optim.Optimizer) -> Progress:
-    if out is None:
-        raise UsageError("resume needs the run folder: give out")
+def _resumed(
+    out: Path | None, adapter: Adapter, optimizer: torch.optim.Optimizer, identity: Mapping[str, Any]
+) -> Progress:
+    assert out is not None
+    clear_partial(out / "checkpoints")
     found = checkpoints(out / "checkpoints")
     if not found and (out / "adapter").exists():
-        raise UsageError(f"{out} is a finished run without checkpoints: there is nothing to resume")
+        raise UsageError(f"{out} holds an adapter but no checkpoint: there is nothing to resume")
     # A run killed before its first checkpoint starts anew, which comes to the same.
-    return load_checkpoint(found[-1], adapter, optimizer) if found else Progress()
+    return load_checkpoint(found[-1], adapter, optimizer, identity) if found else Progress()
 
 
-def _not_finite(
-    adapter: Adapter, step: int, loss: float, norm: float, rows: list[int], out: Path | None
-) -> TrainingError:
-    # The step was not taken: the weights are those of the step before, and finite.
-    kept = f"; the adapter of step {step - 1} is in {adapter.save(out / 'adapter')}" if out is not None else ""
-    return TrainingError(
-        f"step {step} has loss {loss} and gradient norm {norm} (rows {', '.join(map(str, rows))}){kept}. "
-        "Lower the learning rate, use float32, or look at those rows"
-    )
-
-
-def _keep_if_best(adapter: Adapter, progress: Progress, out: Path | None) -> None:
+def _keep_if_best(adapter: Adapter, progress: Progress, settings: Settings, out: Path | None) -> None:
     assert progress.eval_loss is not None
     if progress.best_loss is None or progress.eval_loss < progress.best_loss:
         progress.best_loss, progress.best_step = progress.eval_loss, progress.step
-        if out is not None:
+        if settings.keep_best and out is not None:
             save_weights(out / "best", adapter)
 
 
 def _finish(adapter: Adapter, progress: Progress, settings: Settings, out: Path | None) -> FitResult:
     eval_loss = progress.eval_loss
-    if settings.keep_best and out is not None and progress.best_loss is not None:
+    if settings.keep_best and out is not None:
         load_weights(out / "best", adapter)
         eval_loss = progress.best_loss
     return FitResult(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 from trimtab.errors import UsageError
+from trimtab.files import storage_error, write_whole
 
 LOGGERS = ("tensorboard", "mlflow", "wandb")
 
@@ -26,27 +29,35 @@ class MetricsFile:
     """metrics.jsonl: one JSON object a row. Resuming drops the rows after the checkpoint, which will come again."""
 
     def __init__(self, path: Path, last_step: int) -> None:
-        rows = []
-        if path.exists() and last_step > 0:
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:
-                    break  # a line cut short by a kill, and so after the checkpoint
-                if row.get("step", 0) > last_step:
-                    break
-                rows.append(line)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: IO[str] = path.open("w", encoding="utf-8")
-        self._file.writelines(line + "\n" for line in rows)
-        self._file.flush()
+        self._path = path
+        # Whole or not at all: a kill here must not cost the rows that are kept.
+        write_whole(path, "".join(line + "\n" for line in _rows_until(path, last_step)))
+        self._file: IO[str] = path.open("a", encoding="utf-8")
 
     def log(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise storage_error(error, self._path) from error
 
     def close(self) -> None:
-        self._file.close()
+        # What cannot be written any more has been told by `log`.
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+def _rows_until(path: Path, last_step: int) -> Iterator[str]:
+    if not path.exists() or last_step == 0:
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            return  # a line cut short by a kill, and so after the checkpoint
+        if row.get("step", 0) > last_step:
+            return
+        yield line
 
 
 class TensorBoardLogger:

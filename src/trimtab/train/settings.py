@@ -35,7 +35,9 @@ class Settings:
     clip: float = option(1.0, "largest norm of a step's gradient; 0 leaves it alone")
     gradient_checkpointing: bool = option(False, "compute activations again in backward: less memory, more time")
     eval_every: int | None = option(None, "evaluate every so many steps, besides at the end")
-    save_every: int | None = option(None, "write a checkpoint to resume from every so many steps")
+    save_every: int | None = option(
+        None, "write a checkpoint to resume from every so many steps; by default every five minutes"
+    )
     keep_best: bool = option(False, "finish with the weights of the lowest evaluation loss, not the last ones")
     seed: int = option(0, "of the adapter's start, the order of the data and dropout")
 
@@ -51,6 +53,9 @@ class Settings:
         for name in ("weight_decay", "clip"):
             if not getattr(self, name) >= 0:
                 found.append(f"{name} is {getattr(self, name)}, but must be at least 0")
+        for name, known in (("packing", ("pad", "pack")), ("schedule", ("constant", "linear", "cosine"))):
+            if getattr(self, name) not in known:
+                found.append(f"{name} is '{getattr(self, name)}', but must be one of {', '.join(known)}")
         if not 0 <= self.warm_up < 1:
             found.append(f"warm_up is {self.warm_up}, but must be a share of the steps from 0 to below 1")
         if self.micro_batch is not None and self.micro_batch > self.batch_size:

@@ -1,0 +1,102 @@
+"""What surrounds the loop: the model's mode, memory that runs out, weights that stop being numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from trimtab.adapt.adapter import Adapter
+from trimtab.errors import TrainingError, UsageError
+from trimtab.train.loss import modes_kept
+from trimtab.train.settings import Settings
+
+
+class OutOfMemory(TrainingError):
+    """Memory ran out; the message says what to lower."""
+
+    exit_code = 2
+
+
+@contextmanager
+def training_mode(model: nn.Module, settings: Settings) -> Iterator[None]:
+    """Training mode, seeded; the caller's modes, gradient checkpointing and random state come back afterwards."""
+    with torch.random.fork_rng(), modes_kept(model), _gradient_checkpointing(model, settings.gradient_checkpointing):
+        torch.manual_seed(settings.seed)
+        model.train()
+        yield
+
+
+@contextmanager
+def _gradient_checkpointing(model: Any, wanted: bool) -> Iterator[None]:
+    if not wanted or getattr(model, "is_gradient_checkpointing", False):
+        yield
+        return
+    try:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except (AttributeError, ValueError) as error:
+        raise UsageError(f"{type(model).__name__} has no gradient checkpointing: turn it off") from error
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_disable()
+
+
+@contextmanager
+def memory_advice(settings: Settings) -> Iterator[None]:
+    """OutOfMemory, with what to lower, for whatever torch and Python raise when memory runs out."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        size = settings.micro_batch or settings.batch_size
+        advice = f"micro_batch (now {size}), " if size > 1 else ""
+        raise OutOfMemory(
+            f"out of memory: lower {advice}max_length or the rank, or turn on gradient_checkpointing; none but the "
+            "rank and max_length changes the result"
+        ) from error
+
+
+class LastGood:
+    """The adapter's newest weights that are known to give a finite loss, in a copy.
+
+    The weights a step leaves are known to be good only when the next step has computed its loss with them.
+    """
+
+    def __init__(self, adapter: Adapter, step: int) -> None:
+        self.adapter, self.step, self.known = adapter, step, step == 0
+        self._state = {key: tensor.clone() for key, tensor in adapter.state_dict().items()}
+
+    @torch.no_grad()
+    def keep(self, step: int) -> None:
+        """The weights as they are now, after `step` steps, have given a finite loss."""
+        own = self.adapter.state_dict()
+        torch._foreach_copy_(list(self._state.values()), [own[key] for key in self._state])
+        self.step, self.known = step, True
+
+    def error(self, what: str, out: Path | None) -> TrainingError:
+        """Put the good weights back into the adapter and, with a run folder, into its file; the error to raise."""
+        kept = ""
+        if self.known:
+            self.adapter.load_state_dict(self._state)
+            kept = f"; the last good adapter, of step {self.step}, is " + (
+                f"in {self.adapter.save(out / 'adapter')}" if out is not None else "in memory"
+            )
+        return TrainingError(f"{what}{kept}. Lower the learning rate, or use float32")
+
+
+def not_finite(step: int, loss: float, norm: float, rows: list[int]) -> str:
+    """The sentence on a step whose loss or gradient is no number."""
+    what = f"loss {loss}" if not math.isfinite(loss) else f"a finite loss but gradient norm {norm}"
+    return f"step {step} has {what} (look at its rows: {', '.join(map(str, rows))})"
+
+
+def all_finite(adapter: Adapter) -> bool:
+    """Whether every parameter of the adapter is a number."""
+    return all(bool(parameter.isfinite().all()) for parameter in adapter.parameters())

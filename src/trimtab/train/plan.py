@@ -1,0 +1,82 @@
+"""What each step of a run takes: its examples, its learning rate, and whether it evaluates or saves."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from trimtab.data.batch import Batch, batches, pack, pad
+from trimtab.data.encode import Example
+from trimtab.errors import UsageError
+from trimtab.train.settings import Settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which examples each step takes and at what rate; from the settings alone, so a resumed run has the same."""
+
+    lengths: tuple[int, ...]
+    settings: Settings
+    base_lr: float
+    steps_per_epoch: int
+    steps: int
+
+    @staticmethod
+    def of(examples: Sequence[Example], settings: Settings, default_lr: float) -> Plan:
+        """UsageError when there is nothing to learn from."""
+        if not any(any(example.supervised[1:]) for example in examples):
+            raise UsageError(
+                f"none of the {len(examples)} examples has a supervised token: there is nothing to train on"
+            )
+        per_epoch = math.ceil(len(examples) / settings.batch_size)
+        steps = max(1, math.ceil(settings.epochs * per_epoch - 1e-9))
+        steps = min(steps, settings.max_steps or steps)
+        lengths = tuple(len(example.input_ids) for example in examples)
+        return Plan(lengths, settings, settings.lr or default_lr, per_epoch, steps)
+
+    def batch(self, step: int) -> list[int]:
+        """The examples of optimizer step `step`, counted from 1."""
+        epoch, place = divmod(step - 1, self.steps_per_epoch)
+        return self._epoch(epoch)[place]
+
+    def _epoch(self, epoch: int) -> list[list[int]]:
+        return batches(self.lengths, self.settings.batch_size, seed=self.settings.seed, epoch=epoch)
+
+    def evaluates(self, step: int) -> bool:
+        """Whether the evaluation data is looked at after this step."""
+        return step == self.steps or bool(self.settings.eval_every and step % self.settings.eval_every == 0)
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is written after this step."""
+        return bool(self.settings.save_every and step % self.settings.save_every == 0)
+
+    def lr(self, step: int) -> float:
+        """The learning rate of step `step`: rising linearly in warm-up, then constant, or falling to 0."""
+        warm = round(self.settings.warm_up * self.steps)
+        if step <= warm:
+            return self.base_lr * step / warm
+        done = (step - 1 - warm) / max(1, self.steps - warm)
+        if self.settings.schedule == "linear":
+            return self.base_lr * (1 - done)
+        if self.settings.schedule == "cosine":
+            return self.base_lr * (1 + math.cos(math.pi * done)) / 2
+        return self.base_lr
+
+
+def micro_batches(examples: Sequence[Example], chosen: Sequence[int], settings: Settings, pad_id: int) -> list[Batch]:
+    """The examples of one step, as batches of at most `micro_batch`; those with nothing supervised are left out."""
+    size = settings.micro_batch or settings.batch_size
+    together = pack if settings.packing == "pack" else pad
+    useful = [examples[i] for i in chosen if any(examples[i].supervised[1:])]
+    return [together(useful[i : i + size], pad_id) for i in range(0, len(useful), size)]
+
+
+def eval_batches(examples: Sequence[Example], settings: Settings, pad_id: int) -> list[Batch]:
+    by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
+    size = settings.batch_size
+    groups = [by_length[i : i + size] for i in range(0, len(by_length), size)]
+    found = [batch for group in groups for batch in micro_batches(examples, group, settings, pad_id)]
+    if examples and not found:
+        raise UsageError(f"none of the {len(examples)} evaluation examples has a supervised token")
+    return found
