@@ -131,6 +131,22 @@ class Seer(nn.Module):
         return out
 
 
+class Awkward(nn.Module):
+    """Modules whose names are trimtab's and PEFT's own words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deltas = nn.ModuleDict({"copies": nn.Linear(4, 4), "lora_A": nn.Linear(4, 4)})
+        self.lora = nn.Linear(4, 4)
+        self.weight = nn.Linear(4, 4)
+        self.default = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.deltas["copies"], self.deltas["lora_A"], self.lora, self.weight, self.default):
+            x = layer(x)
+        return x
+
+
 def reader(seed: int = 0) -> Reader:
     torch.manual_seed(seed)
     return Reader().eval()

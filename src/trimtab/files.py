@@ -110,6 +110,8 @@ def storage_error(error: OSError, path: Path) -> TrimtabError:
         return StorageError(f"no space left on the disk of {path}: free some or choose another folder")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return StorageError(f"{path} cannot be written ({error.strerror}): choose another folder")
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        return StorageError(f"cannot write {path}: a part of that path is a file, not a folder")
     return StorageError(f"cannot write {path}: {error.strerror or error}")
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from toys import batch, built, logits, numbers, reader, seer, snapshot, stir, tokens
 
 import trimtab
+from toys import batch, built, logits, numbers, reader, seer, snapshot, stir, tokens
 from trimtab import Full, LoRA, UsageError
 
 SMALL = LoRA(rank=2)
@@ -346,12 +346,12 @@ def test_tied_biases_are_trained_as_one_copy() -> None:
 
 
 def test_a_target_tied_to_an_extra_module_is_refused() -> None:
-    with pytest.raises(UsageError, match="embed_tokens.weight is tied to a module that is trained whole"):
+    with pytest.raises(UsageError, match=r"embed_tokens.weight is tied to a module that is trained whole"):
         trimtab.attach(built("llama-tied"), SMALL, targets=["embed_tokens", "q_proj"], extra_modules=["lm_head"])
 
 
 def test_an_extra_module_without_parameters_is_refused() -> None:
-    with pytest.raises(UsageError, match="names head.3, which has no parameters to train"):
+    with pytest.raises(UsageError, match=r"names head.3, which has no parameters to train"):
         trimtab.attach(seer(), SMALL, targets="conv", extra_modules=["head.3"])
 
 

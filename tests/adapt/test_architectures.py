@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from toys import TRANSFORMERS, assert_same, batch, built, logits, numbers, seer, snapshot, tokens
 
 import trimtab
+from toys import TRANSFORMERS, assert_same, batch, built, logits, numbers, seer, snapshot, tokens
 from trimtab import Full, LoRA
 
 EXACT = {"rtol": 0.0, "atol": 0.0}

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from toys import Holder, Reader, assert_same, built, numbers, reader, seer, snapshot, stir, tokens
 
 import trimtab
+from toys import Awkward, Holder, Reader, assert_same, built, numbers, reader, seer, snapshot, stir, tokens
 from trimtab import LoRA, UsageError
 from trimtab.adapt.select import adaptable
 
@@ -73,7 +73,10 @@ def test_exclude_takes_modules_out_again() -> None:
         ({"slices": {"qqq": (True, False)}}, "pattern 'qqq' matches none"),
         ({"slices": {"head": (True, False)}}, "head .* 3 rows cannot be cut into 2 equal parts"),
         ({"slices": {"qkv": (False, False, False)}}, "with at least one chosen"),
-        ({"targets": "embed", "slices": {"embed": (True, False)}}, "slices are for linear layers, and this is a embedd"),
+        (
+            {"targets": "embed", "slices": {"embed": (True, False)}},
+            "slices are for linear layers, and this is a embedd",
+        ),
         ({"bias": "some"}, "bias is 'some', but must be none, all or adapter-only"),
         ({"extra_modules": ["haed"]}, "extra module 'haed' matches no module"),
         ({"targets": "head", "extra_modules": ["head"]}, "every target is among the extra modules"),
@@ -130,22 +133,6 @@ def test_a_name_in_use_is_refused() -> None:
     assert_same(before, snapshot(model))
 
 
-class Awkward(nn.Module):
-    """Modules whose names are trimtab's and PEFT's own words."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.deltas = nn.ModuleDict({"copies": nn.Linear(4, 4), "lora_A": nn.Linear(4, 4)})
-        self.lora = nn.Linear(4, 4)
-        self.weight = nn.Linear(4, 4)
-        self.default = nn.Linear(4, 4)
-
-    def forward(self, x):
-        for layer in (self.deltas["copies"], self.deltas["lora_A"], self.lora, self.weight, self.default):
-            x = layer(x)
-        return x
-
-
 def test_modules_with_awkward_names_are_adapted_saved_and_loaded(tmp_path) -> None:
     torch.manual_seed(0)
     model, x = Awkward(), numbers(2, 4)
@@ -191,11 +178,11 @@ class Attends(nn.Module):
 
 
 def test_inside_of_multihead_attention_is_refused_by_name(caplog) -> None:
-    with pytest.raises(UsageError, match="names attention.out_proj, which is inside a MultiheadAttention"):
+    with pytest.raises(UsageError, match=r"names attention.out_proj, which is inside a MultiheadAttention"):
         trimtab.attach(Attends(), SMALL, targets="out_proj")
     with pytest.raises(UsageError, match="linear1, which is inside a TransformerEncoderLayer"):
         trimtab.attach(Attends(), SMALL, targets="linear1")
-    with pytest.raises(UsageError, match="attention.out_proj.weight cannot be trained as a copy"):
+    with pytest.raises(UsageError, match=r"attention.out_proj.weight cannot be trained as a copy"):
         trimtab.attach(Attends(), SMALL, targets="head", extra_modules=["attention"])
     with pytest.raises(UsageError, match="bias cannot be trained as a copy"):
         trimtab.attach(Attends(), SMALL, targets="head", bias="all")
@@ -217,7 +204,7 @@ def test_a_linear_layer_with_a_forward_of_its_own_is_refused() -> None:
 def test_weights_that_are_not_floating_point_are_refused() -> None:
     model = Holder(nn.Linear(4, 4))
     model.layer.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(UsageError, match="layer, which holds torch.int8 numbers"):
+    with pytest.raises(UsageError, match=r"layer, which holds torch.int8 numbers"):
         trimtab.attach(model, SMALL, targets="layer")
 
 
@@ -369,7 +356,13 @@ def test_a_removed_adapter_says_so() -> None:
     model = reader()
     adapter = trimtab.attach(model, SMALL)
     adapter.remove()
-    for use in (adapter.remove, adapter.enable, adapter.disable, lambda: adapter.save("x"), lambda: trimtab.merge(adapter)):
+    for use in (
+        adapter.remove,
+        adapter.enable,
+        adapter.disable,
+        lambda: adapter.save("x"),
+        lambda: trimtab.merge(adapter),
+    ):
         with pytest.raises(UsageError, match="adapter 'default' was removed"):
             use()
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from toys import assert_same, batch, built, logits, numbers, reader, seer, snapshot, stir, tokens
 
 import trimtab
+from toys import assert_same, batch, built, logits, numbers, reader, seer, snapshot, stir, tokens
 from trimtab import LoRA, UsageError
 from trimtab.adapt.merge import MergeError
 
@@ -255,7 +255,9 @@ def test_merging_a_target_with_a_tied_weight_is_refused() -> None:
     model = built("llama-tied")
     adapter = stir(trimtab.attach(model, SMALL, targets=["embed_tokens", "q_proj"]))
     before = snapshot(model)
-    with pytest.raises(UsageError, match="model.embed_tokens shares its weight with lm_head: merging would change both"):
+    with pytest.raises(
+        UsageError, match=r"model.embed_tokens shares its weight with lm_head: merging would change both"
+    ):
         trimtab.merge(adapter)
     assert_same(before, snapshot(model))
 

@@ -8,9 +8,9 @@ import pickle
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import MODULES, Holder, assert_same, holder, small, snapshot, stir
 
 import trimtab
+from toys import MODULES, Holder, assert_same, holder, small, snapshot, stir
 from trimtab.adapt.adapter import Adapter
 from trimtab.deltas import METHODS
 
@@ -145,7 +145,9 @@ def test_gradients_equal_those_of_the_definition(method: str, kind: str) -> None
     model, x = holder(kind, torch.float64)
     adapter = stir(trimtab.attach(model, small(method), targets="layer", dtype=torch.float64))
     if not x.is_floating_point():
-        x[x == 1] = 2  # a padding token gives no gradient to a dense weight, but one to a B behind an A that was stirred
+        x[x == 1] = (
+            2  # a padding token gives no gradient to a dense weight, but one to a B behind an A that was stirred
+        )
     inputs = [x.requires_grad_()] if x.is_floating_point() else []
     found = torch.autograd.grad(model(x).square().sum(), [*adapter.parameters(), *inputs])
     wanted = torch.autograd.grad(definition(model, adapter, x).square().sum(), [*adapter.parameters(), *inputs])

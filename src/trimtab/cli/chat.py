@@ -41,7 +41,7 @@ def run(name: str, summary: str, argv: list[str]) -> None:
     start = [{"role": "system", "content": flags.system}] if flags.system else []
     turns, used = list(start), names[0]
     _use(loaded.model, used)
-    screen.say(f"adapters: {', '.join(names)}; answering with {used}. /help for commands.")
+    screen.note(f"adapters: {', '.join(names)}; answering with {used}. /help for commands.")
     while (line := _read(f"{used}> ")) is not None:
         word, _, rest = line.strip().partition(" ")
         if not word:

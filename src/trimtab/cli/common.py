@@ -91,7 +91,12 @@ class Screen:
 
     def note(self, text: str) -> None:
         """One line about what is going on, on standard error."""
-        self._bars.print(text, markup=False)
+        if not self.output.quiet:
+            self._bars.print(text, markup=False)
+
+    def table(self, table: Any) -> None:
+        """A rich table, which wraps in a terminal alone."""
+        self.console.print(table, width=None if self.console.is_terminal else 1000)
 
     def result(self, values: Mapping[str, Any]) -> None:
         """The result, for --json."""
@@ -151,11 +156,11 @@ def load_model(flags: ModelName, screen: Screen, kind: str = "causal-lm") -> Any
         device=device,
         trust_remote_code=flags.trust_remote_code,
         kind=kind,  # type: ignore[arg-type]
-        progress=screen.say,
+        progress=screen.note,
     )
     size = f"{loaded.model.num_parameters():,} parameters in {str(loaded.model.dtype).removeprefix('torch.')}"
     threads = "" if machine is None else f", {machine.threads} thread{'s' * (machine.threads > 1)} ({machine.reason})"
-    screen.say(f"{flags.model}: {size}{threads}")
+    screen.note(f"{flags.model}: {size}{threads}")
     return loaded
 
 

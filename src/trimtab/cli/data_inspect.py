@@ -54,7 +54,7 @@ def _tokenizer(flags: InspectFlags, find: Any, load_tokenizer: Any, screen: Scre
     from trimtab.models.embedded import EMBEDDED
 
     kind = EMBEDDED[flags.model].kind if flags.model in EMBEDDED else "causal-lm"
-    path = find(flags.model, kind=kind, trust_remote_code=flags.trust_remote_code, progress=screen.say)
+    path = find(flags.model, kind=kind, trust_remote_code=flags.trust_remote_code, progress=screen.note)
     tokenizer = load_tokenizer(path, trust_remote_code=flags.trust_remote_code)
     if tokenizer is None:
         raise UsageError(f"{flags.model} has no tokenizer")
@@ -97,8 +97,8 @@ def _figures(found: Inspection, screen: Screen) -> None:
     if found.overlap is not None:
         overlap = found.overlap
         screen.say(
-            f"in {overlap.against}: {overlap.same_text} of {overlap.rows} rows stand here word for word, "
-            f"{overlap.same_words} but for case and punctuation ({overlap.share:.1%})"
+            f"of the {overlap.rows:,} rows of {overlap.against}, {overlap.same_text:,} stand here word for word, "
+            f"{overlap.same_words:,} apart from case and punctuation ({overlap.share:.1%})"
         )
     for warning in found.warnings:
         screen.warn(warning)

@@ -30,7 +30,7 @@ def run(name: str, summary: str, argv: list[str]) -> None:
         screen.warn(f"nothing to resume in {folder} yet: starting from the beginning")
     result = train(recipe, folder, screen)
     screen.say(
-        f"trained in {result['seconds']:.0f} s, {result['tokens_per_second']:.0f} tokens/s, "
+        f"trained in {result['seconds']:.1f} s, {result['tokens_per_second']:.0f} tokens/s, "
         f"loss {result['train_loss']:.3f} nats per token"
         + (f", evaluation {result['eval_loss']:.3f}" if result["eval_loss"] is not None else "")
     )

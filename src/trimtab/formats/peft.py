@@ -337,7 +337,7 @@ def _copies(
     modules, shared, unseen = base_modules(model), shared_parameters(model), read_past_forward(model)
     parameters: dict[str, dict[str, nn.Parameter]] = {}
     buffers: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in rest.items():
+    for key, tensor in _without_doubles(rest).items():
         path, _, name = key.rpartition(".")
         path, wrapped = path.removesuffix(".base_layer"), path.endswith(".base_layer")
         old = tensor_of(modules.get(path), name)
@@ -368,6 +368,22 @@ def _copies(
         path: (modules[path], Copies(parameters.get(path, {}), buffers.get(path, {})))
         for path in dict.fromkeys([*parameters, *buffers])
     }
+
+
+def _without_doubles(rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """PEFT's bias mode 'all' stores the biases of modules trained whole twice more, under its wrappers' names.
+
+    `modules_to_save` holds the same tensor again, `original_module` the one of the base that it stands in for.
+    """
+    kept = {}
+    for key, tensor in rest.items():
+        head, again, tail = key.partition(".modules_to_save.")
+        same = [rest.get(f"{head}.{end}") for end in (tail, tail.partition(".")[2])] if again else []
+        if not any(other is not None and torch.equal(other, tensor) for other in same):
+            head, original, tail = key.partition(".original_module.")
+            if not (original and f"{head}.{tail}" in rest):
+                kept[key] = tensor
+    return kept
 
 
 def _same_base(path: str, saved: Tensor, own: Tensor, folder: Path) -> None:

@@ -1,0 +1,169 @@
+"""A tiny model folder with a chat template, tiny data files, and the command line called in this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def _tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(["<|text|>", "<|start|>", "<|end|>", *alphabet])}
+    bpe = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token="<|text|>",
+        pad_token="<|text|>",
+        additional_special_tokens=["<|start|>", "<|end|>"],
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """The folder of a random two-layer Llama in fp32, with tokenizer and chat template."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = _tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        llama = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=512,
+                initializer_range=0.2,
+                eos_token_id=None,
+                bos_token_id=None,
+            )
+        )
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    llama.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def rows(start, stop):
+    return [{"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}."} for i in range(start, stop)]
+
+
+def write_rows(path, items):
+    path.write_text("".join(json.dumps(row) + "\n" for row in items), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Training and evaluation files of 16 and 4 sums, without overlap."""
+    folder = tmp_path_factory.mktemp("data")
+    write_rows(folder / "train.jsonl", rows(0, 16))
+    write_rows(folder / "eval.jsonl", rows(16, 20))
+    return folder
+
+
+@dataclass
+class Outcome:
+    """What a command left: exit code, standard output and standard error."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self):
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def trimtab(capsys):
+    """trimtab(*arguments): run a command in this process."""
+    from trimtab import cli
+
+    def call(*arguments):
+        capsys.readouterr()
+        code = cli.run([str(argument) for argument in arguments])
+        return Outcome(code, *capsys.readouterr())
+
+    return call
+
+
+def environment():
+    return {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture
+def process():
+    """process(*arguments, **options): start a command as a process of its own."""
+    started = []
+
+    def start(*arguments, **options):
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+        command = [sys.executable, "-m", "trimtab", *map(str, arguments)]
+        started.append(subprocess.Popen(command, env=environment(), **options))
+        return started[-1]
+
+    yield start
+    for child in started:
+        if child.poll() is None:
+            child.kill()
+        child.communicate()
+
+
+@pytest.fixture
+def train(trimtab, model, data):
+    """train(out, *flags): train two steps on the tiny model."""
+
+    def call(out, *flags):
+        fixed = ["train", "--model", model, "--data", data / "train.jsonl", "--out", out, "--threads", 1]
+        return trimtab(*fixed, "--dtype", "float32", "--max-steps", 2, "--rank", 4, *flags)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def adapters(model, tmp_path_factory):
+    """Two folders of adapters, sql and poet, that make the tiny model say different things."""
+    import torch
+
+    import trimtab
+    from trimtab.models.load import load
+
+    folder = tmp_path_factory.mktemp("adapters")
+    loaded = load(str(model))
+    for seed, name in enumerate(("sql", "poet")):
+        adapter = trimtab.attach(loaded.model, trimtab.LoRA(rank=4), seed=seed, name=name)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+        adapter.save(folder / name)
+        adapter.remove()
+    return folder
