@@ -25,7 +25,8 @@ def option(
 
     positional: on the command line it is given by its place and not by a flag.
     """
-    return dataclasses.field(default=default, default_factory=factory, metadata={"help": help, "positional": positional})
+    about = {"help": help, "positional": positional}
+    return dataclasses.field(default=default, default_factory=factory, metadata=about)
 
 
 def type_name(kind: Any) -> str:

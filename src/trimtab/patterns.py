@@ -1,4 +1,4 @@
-"""How a user names modules: the end of a path (`q_proj`), a glob (`*.layers.[0-3].*`), or `re:` and a regular expression."""
+"""How a user names modules: the end of a path (`q_proj`), a glob (`*.layers.[0-3].*`), or `re:` and an expression."""
 
 from __future__ import annotations
 

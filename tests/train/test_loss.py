@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_training import make_examples, make_llama
 
 import trimtab
-from conftest import make_examples, make_llama
 from trimtab.data.batch import pack, pad
 from trimtab.errors import UsageError
 from trimtab.train.loss import causal_loss, mean_loss, refuse_leaky_packing, refuse_not_causal
@@ -155,5 +155,5 @@ def test_packing_is_refused_where_examples_would_see_each_other():
     refuse_leaky_packing(make_llama())
     refuse_leaky_packing(GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=16, n_layer=1, n_head=2, n_positions=32)))
     bloom = BloomForCausalLM(BloomConfig(vocab_size=61, hidden_size=16, n_layer=2, n_head=2, initializer_range=0.3))
-    with pytest.raises(UsageError, match="BloomForCausalLM cannot tell packed examples apart.*'pad'"):
+    with pytest.raises(UsageError, match=r"BloomForCausalLM cannot tell packed examples apart.*'pad'"):
         refuse_leaky_packing(bloom)

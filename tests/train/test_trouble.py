@@ -1,0 +1,272 @@
+"""What goes wrong in training is told, with what to do, and costs nothing that was there before."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+import torch
+from tiny_training import make_examples, make_llama
+
+import trimtab
+from trimtab.errors import TrainingError, TrimtabError, UsageError
+from trimtab.files import StorageError
+from trimtab.train.checkpoint import checkpoints
+from trimtab.train.loss import causal_loss
+from trimtab.train.settings import Settings
+
+
+def finite_loss(model, examples):
+    from trimtab.data.batch import pad
+
+    model.eval()
+    with torch.no_grad():
+        return causal_loss(model, pad(examples, 0)).isfinite().item()
+
+
+def test_a_nan_in_the_model_stops_the_run_and_names_step_and_rows(examples, tmp_path):
+    model = make_llama()
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    adapter = trimtab.attach(model, trimtab.LoRA(rank=2))
+    start = {key: tensor.clone() for key, tensor in adapter.state_dict().items()}
+    with pytest.raises(TrainingError, match=r"step 1 has loss nan \(look at its rows: [\d, ]+\)") as caught:
+        trimtab.fit(adapter, examples, Settings(), out=tmp_path)
+    assert caught.value.exit_code == 1
+    for key, tensor in trimtab.load(make_llama(), tmp_path / "adapter").state_dict().items():
+        assert torch.equal(tensor, start[key])
+
+
+def test_weights_that_blow_up_are_not_what_is_kept(run, examples, tmp_path):
+    with pytest.raises(TrainingError, match=r"the last good adapter, of step \d+, is in") as caught:
+        run(tmp_path, lr=1e30, epochs=4)
+    step = int(str(caught.value).split("step ")[1].split()[0])
+    model = make_llama()
+    kept = trimtab.load(model, tmp_path / "adapter")
+    assert all(tensor.isfinite().all() for tensor in kept.state_dict().values())
+    assert finite_loss(model, examples)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == step - 1
+
+
+def test_one_bad_batch_keeps_what_was_learned_before_it(run, examples, same, tmp_path):
+    before, _, _ = run(max_steps=1)
+    calls = []
+
+    def poisoned(model, batch):
+        calls.append(batch.examples)
+        return causal_loss(model, batch) * (float("inf") if len(calls) == 3 else 1.0)
+
+    adapter = trimtab.attach(make_llama(), trimtab.LoRA(rank=2, alpha=4), seed=5)
+    settings = Settings(batch_size=3, lr=1e-2, seed=5)
+    with pytest.raises(TrainingError) as caught:
+        trimtab.fit(adapter, examples, settings, out=tmp_path, loss=poisoned)
+    assert f"step 3 has loss inf (look at its rows: {', '.join(map(str, sorted_like(calls[2])))})" in str(caught.value)
+    assert "of step 1" in str(caught.value)
+    assert same(trimtab.load(make_llama(), tmp_path / "adapter").state_dict(), before)
+    assert same(adapter.state_dict(), before)  # in memory as well
+
+
+def sorted_like(rows):
+    return list(rows)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_too(examples):
+    adapter = trimtab.attach(make_llama(), trimtab.LoRA(rank=2))
+
+    def loss(model, batch):
+        value = causal_loss(model, batch)
+        value.register_hook(lambda gradient: gradient * float("nan"))
+        return value
+
+    with pytest.raises(TrainingError, match="step 1 has a finite loss but gradient norm nan"):
+        trimtab.fit(adapter, examples, Settings(), loss=loss)
+
+
+def test_an_evaluation_that_is_not_finite_stops_the_run(examples, tmp_path):
+    adapter = trimtab.attach(make_llama(), trimtab.LoRA(rank=2))
+
+    def loss(model, batch):
+        return causal_loss(model, batch) * (1.0 if model.training else float("nan"))
+
+    with pytest.raises(TrainingError, match="the evaluation after step 2 has loss nan"):
+        trimtab.fit(adapter, examples, Settings(), loss=loss, eval_examples=make_examples(2), out=tmp_path)
+    assert (tmp_path / "adapter").is_dir()
+
+
+def test_a_last_step_that_leaves_no_numbers_does_not_pass(examples, tmp_path):
+    adapter = trimtab.attach(make_llama(), trimtab.LoRA(rank=2))
+    with pytest.raises(TrainingError, match="step 1 leaves weights that are not finite.*of step 0"):
+        trimtab.fit(adapter, examples, Settings(max_steps=1, lr=1e39), out=tmp_path)
+    assert finite_loss(adapter.model, examples)
+
+
+def test_a_resumed_run_that_fails_at_once_keeps_the_adapter_that_was_saved(run, stopped, examples, tmp_path):
+    with pytest.raises(stopped):
+        run(tmp_path, stop=3, save_every=2)
+    shutil.copytree(tmp_path / "checkpoints", tmp_path / "aside")
+    run(tmp_path, save_every=2, resume=True)
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "aside").rename(tmp_path / "checkpoints")
+    saved = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    model = make_llama()
+    model.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(TrainingError, match="step 3 has loss nan"):
+        run(tmp_path, save_every=2, resume=True, llama=model)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == saved
+
+
+def no_space(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("place", ["os.fsync", "trimtab.train.checkpoint.write_tensors", "tempfile.mkdtemp"])
+def test_a_full_disk_leaves_the_earlier_checkpoint_whole(run, same, tmp_path, monkeypatch, place):
+    whole, _, _ = run(epochs=2)
+    real, saves = shutil.rmtree, []
+
+    def fill(report_step):
+        saves.append(report_step)
+
+    import trimtab.train.loop as loop
+
+    save = loop.save_checkpoint
+
+    def then_full(*args, **kwargs):
+        if saves:
+            monkeypatch.setattr(place, no_space)
+        fill(1)
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "save_checkpoint", then_full)
+    with pytest.raises(StorageError, match="no space left on the disk of .*step-000004") as caught:
+        run(tmp_path, epochs=2, save_every=2)
+    assert caught.value.exit_code == 2
+    monkeypatch.undo()
+    assert shutil.rmtree is real
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
+    state, _, reports = run(tmp_path, epochs=2, save_every=2, resume=True)
+    assert reports[0].step == 3
+    assert same(state, whole)
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A file system of 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a tiny file system is not allowed here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_really_fills_up_says_so(run, tiny_disk):
+    with pytest.raises(TrimtabError, match="no space left on the disk") as caught:
+        run(tiny_disk / "run", epochs=4, save_every=1, method=trimtab.LoRA(rank=8))
+    assert caught.value.exit_code == 2
+
+
+def test_a_full_disk_under_the_metrics_says_so(run, tmp_path, monkeypatch):
+    from trimtab.train.metrics import MetricsFile
+
+    class Full:
+        def write(self, text):
+            no_space()
+
+        def close(self):
+            no_space()
+
+    original = MetricsFile.__init__
+
+    def with_full_file(self, path, last_step):
+        original(self, path, last_step)
+        self._file.close()
+        self._file = Full()
+
+    monkeypatch.setattr(MetricsFile, "__init__", with_full_file)
+    with pytest.raises(StorageError, match=r"no space left on the disk of .*metrics\.jsonl"):
+        run(tmp_path)
+
+
+def test_a_file_in_the_way_of_the_run_is_told(run, tmp_path):
+    (tmp_path / "runs").write_text("not a folder")
+    with pytest.raises(StorageError, match="cannot write .*metrics") as caught:
+        run(tmp_path / "runs" / "one")
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_out_of_memory_says_what_to_lower(examples, error):
+    adapter = trimtab.attach(make_llama(), trimtab.LoRA(rank=2))
+
+    def loss(model, batch):
+        raise error
+
+    with pytest.raises(TrainingError, match=r"lower micro_batch \(now 4\), max_length or the rank") as caught:
+        trimtab.fit(adapter, examples, Settings(batch_size=8, micro_batch=4), loss=loss)
+    assert caught.value.exit_code == 2
+
+
+def test_the_cpu_allocators_own_message_counts_as_out_of_memory(examples):
+    adapter = trimtab.attach(make_llama(), trimtab.LoRA(rank=2))
+
+    def loss(model, batch):
+        return torch.empty(2**60) + causal_loss(model, batch)
+
+    with pytest.raises(TrainingError, match="out of memory: lower max_length or the rank"):
+        trimtab.fit(adapter, examples, Settings(batch_size=1), loss=loss)
+
+
+def test_another_runtime_error_stays_what_it_is(examples):
+    adapter = trimtab.attach(make_llama(), trimtab.LoRA(rank=2))
+
+    def loss(model, batch):
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug") as caught:
+        trimtab.fit(adapter, examples, Settings(), loss=loss)
+    assert not isinstance(caught.value, TrimtabError)
+
+
+def test_a_model_without_gradient_checkpointing_is_told(examples):
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = make_llama()
+
+        def forward(self, **inputs):
+            return self.inner(**inputs)
+
+    adapter = trimtab.attach(Plain(), trimtab.LoRA(rank=2), targets="q_proj")
+    with pytest.raises(UsageError, match="Plain has no gradient checkpointing"):
+        trimtab.fit(adapter, examples, Settings(gradient_checkpointing=True))
+    trimtab.fit(adapter, examples, Settings(max_steps=1))
+
+
+def test_what_was_logged_before_an_error_is_closed_and_whole(run, stopped, tmp_path):
+    closed = []
+
+    class Log:
+        def log(self, row):
+            pass
+
+        def close(self):
+            closed.append(True)
+
+    adapter = trimtab.attach(make_llama(), trimtab.LoRA(rank=2))
+
+    def fail(report):
+        if report.step == 2:
+            raise stopped
+
+    with pytest.raises(stopped):
+        trimtab.fit(adapter, make_examples(), Settings(batch_size=3), out=tmp_path, on_step=fail, loggers=[Log()])
+    assert closed == [True]
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    assert checkpoints(tmp_path / "checkpoints") == []
