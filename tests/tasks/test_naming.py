@@ -72,7 +72,9 @@ def test_docstring_decorators_and_own_name_are_gone(tmp_path):
         '        raise ValueError("FUNCTION has nothing to do")\n'
         "    return self.FUNCTION(depth - 1) + recount_things(depth)"
     )
-    assert function.prompt == f"Name this Python function.\n\n{function.code}"
+    assert [turn["role"] for turn in function.turns()] == ["system", "user"]
+    assert function.turns(system=False) == function.turns()[1:]
+    assert function.turns()[1]["content"] == f"{function.code}\n\nFUNCTION should be called"
 
 
 def test_a_form_feed_does_not_shift_the_lines(tmp_path):
@@ -185,7 +187,8 @@ def names_in(code):
 
 def test_rows_hold_prompt_and_name(tmp_path):
     task = build(code_base(tmp_path), train=30, test=10)
-    assert rows(task.test)[0] == {"prompt": task.test[0].prompt, "completion": task.test[0].name}
+    answer = {"role": "assistant", "content": task.test[0].name}
+    assert rows(task.test)[0] == {"messages": [*task.test[0].turns(), answer]}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import sys
 import types
 
@@ -34,6 +35,7 @@ def libraries(monkeypatch):
     calls = []
     for module in ("torch.utils.tensorboard", "mlflow", "wandb"):
         stand_in = types.ModuleType(module)
+        stand_in.__spec__ = importlib.machinery.ModuleSpec(module, None)  # others ask whether it is installed
         recorder = Recorder(calls)
         for name in ("SummaryWriter", "start_run", "log_metrics", "end_run", "init"):
             setattr(stand_in, name, getattr(recorder, name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -36,7 +37,7 @@ def test_the_loss_curve_is_the_recorded_one(run):
 def test_the_mean_training_loss_is_over_tokens(run):
     _, result, reports = run()
     counts = [reports[0].supervised_tokens]
-    counts += [b.supervised_tokens - a.supervised_tokens for a, b in zip(reports, reports[1:], strict=False)]
+    counts += [b.supervised_tokens - a.supervised_tokens for a, b in itertools.pairwise(reports)]
     by_token = sum(loss * count for loss, count in zip(losses(reports), counts, strict=True)) / sum(counts)
     assert result.train_loss == pytest.approx(by_token)
     assert len(set(counts)) > 1
@@ -144,7 +145,7 @@ def test_evaluation_comes_at_its_interval_and_at_the_end(run):
 
 def test_the_best_weights_are_kept_when_asked_for(run, same, tmp_path):
     evaluation = make_examples(4, seed=9)
-    options = {"eval_examples": evaluation, "epochs": 3, "lr": 0.2, "eval_every": 1}
+    options = {"eval_examples": evaluation, "epochs": 8, "lr": 0.05, "eval_every": 1}
     _, _, reports = run(tmp_path / "last", **options)
     best = min(reports, key=lambda report: report.eval_loss)
     assert best.step < reports[-1].step
@@ -193,15 +194,16 @@ def test_the_callers_mode_and_random_state_come_back(llama, examples):
     trimtab.fit(adapter, examples, Settings(max_steps=2, gradient_checkpointing=True))
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in llama.modules()] == modes
-    assert not llama.is_gradient_checkpointing
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in llama.modules())
 
 
 def test_gradient_checkpointing_that_was_on_stays_on(llama, examples):
-    llama.gradient_checkpointing_enable({"use_reentrant": False})
+    enable = getattr(llama, "activation_checkpointing_enable", llama.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
     trimtab.fit(
         trimtab.attach(llama, trimtab.LoRA(rank=2)), examples, Settings(max_steps=1, gradient_checkpointing=True)
     )
-    assert llama.is_gradient_checkpointing
+    assert any(getattr(module, "gradient_checkpointing", False) for module in llama.modules())
 
 
 def test_old_gradients_do_not_leak_into_the_first_step(llama, examples, same):
@@ -219,7 +221,7 @@ def test_deltas_are_told_of_each_step_once(llama, examples, monkeypatch):
     seen = []
     monkeypatch.setattr(LoRADelta, "after_step", lambda self, step, weight: seen.append((step, weight.shape)))
     adapter = trimtab.attach(llama, trimtab.LoRA(rank=2), targets="q_proj")
-    trimtab.fit(adapter, examples, Settings(max_steps=3))
+    trimtab.fit(adapter, examples, Settings(batch_size=3, max_steps=3))
     assert seen == [(step, (16, 16)) for step in (1, 2, 3) for _ in range(2)]
 
 
@@ -236,7 +238,7 @@ def test_an_encoder_trains_with_a_loss_of_its_own():
 
     reports, evaluation = [], make_examples(3, seed=4)
     result = trimtab.fit(
-        adapter, make_examples(), Settings(lr=0.05, epochs=5), loss=loss, on_step=reports.append,
+        adapter, make_examples(), Settings(lr=0.05, epochs=20), loss=loss, on_step=reports.append,
         eval_examples=evaluation,
     )  # fmt: skip
     assert losses(reports)[-1] < losses(reports)[0]

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from trimtab.adapt.adapter import STATE, Adapter, ModelState, frozen_norm_class, set_active
 from trimtab.adapt.module import Copies, freeze_statistics, put, refuse_clash
-from trimtab.adapt.select import Placement, Site, base_modules, choose, read_past_forward, shared_parameters
+from trimtab.adapt.select import (
+    Placement,
+    Site,
+    base_modules,
+    base_parameters,
+    choose,
+    read_past_forward,
+    shared_parameters,
+)
 from trimtab.deltas.delta import Delta
 from trimtab.deltas.layout import slice_layout
 from trimtab.deltas.method import Method
@@ -60,9 +68,10 @@ def attach(
     copied = _copied_names(model, placement, deltas, extra)
     whole = {path for path, name in copied if path in extra or name != "bias"}
     install(adapter, deltas, _make_copies(copied), dtype, outermost(whole, {**extra, **dict.fromkeys(whole)}))
-    own = adapter.parameters()
-    count, total = sum(p.numel() for p in own), sum(p.numel() for p in model.parameters())
-    log.info("%s on %d modules: %s parameters beside %s", method.name, len(deltas), f"{count:,}", f"{total - count:,}")
+    count, base = (
+        sum(p.numel() for p in part) for part in (adapter.parameters(), base_parameters(base_modules(model).values()))
+    )
+    log.info("%s on %d modules: %s parameters beside %s", method.name, len(deltas), f"{count:,}", f"{base:,}")
     return adapter
 
 
@@ -162,7 +171,7 @@ def _copied_names(
             if module._parameters.get("bias") is not None and (placement.bias == "all" or path in deltas):
                 chosen[path, "bias"] = module
     _add_tied(model, chosen, everything)
-    unseen = read_past_forward(model)
+    unseen = read_past_forward(everything.values())
     for (path, name), module in chosen.items():
         if module in unseen:
             raise UsageError(
@@ -234,15 +243,18 @@ def install(
     for part in (deltas, copies):
         for path, (module, _) in part.items():
             refuse_clash(path, module)
+    base = base_modules(model)
     for module, delta in deltas.values():
         weight: Tensor = module.weight  # type: ignore[assignment]
         if weight.device.type != "cpu" or dtype not in (None, torch.float32):
             delta.to(device=weight.device, dtype=dtype)
     state: ModelState | None = getattr(model, STATE, None)
     if state is None:
-        state = ModelState({}, [p for p in model.parameters() if p.requires_grad], [])
-        model.requires_grad_(False)
-    for module in model.modules():
+        parameters = base_parameters(base.values())
+        state = ModelState({}, [p for p in parameters if p.requires_grad], [])
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+    for module in base.values():
         if frozen_norm_class(module):
             freeze_statistics(module)
             state.frozen_norms.append(module)

@@ -188,7 +188,12 @@ def _empty(base: type[nn.Module], *mixins: type) -> nn.Module:
 def refuse_clash(path: str, module: nn.Module) -> None:
     """UsageError when a module that is not adapted yet has an attribute that adapting it would overwrite."""
     for name in () if isinstance(module, Adapted) else ("deltas", "copies", "_active", "_routes"):
-        if hasattr(module, name):
+        if (
+            name in module.__dict__
+            or name in module._modules
+            or name in module._parameters
+            or hasattr(type(module), name)
+        ):
             raise UsageError(f"{path} ({type(module).__name__}) already has an attribute '{name}', which trimtab needs")
 
 
@@ -197,14 +202,16 @@ def adapt_module(module: nn.Module) -> None:
     if isinstance(module, Adapted):
         return
     module.__class__ = subclass(type(module), Adapted)
-    adapted = cast("Any", module)
-    adapted.deltas, adapted.copies, adapted._active, adapted._routes = _dict_of(module), None, (), None
+    # Written past nn.Module.__setattr__, which costs more than all the rest of attaching to a module.
+    vars(module).update(copies=None, _active=(), _routes=None)
+    module._modules["deltas"] = _dict_of(module)
 
 
 def _dict_of(module: nn.Module) -> nn.ModuleDict:
     """An empty dict of modules in the mode that `module` is in."""
     made = nn.ModuleDict()
-    made.training = mode_of(module)
+    if not mode_of(module):
+        made.training = False
     return made
 
 

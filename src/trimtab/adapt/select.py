@@ -47,23 +47,37 @@ class Site:
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of the base by path, each once, in the model's order; what adapters put among them left out."""
-    own = {
-        id(inner)
-        for module in model.modules()
-        if isinstance(module, Adapted)
-        for part in (module.deltas, module.copies)
-        if part is not None
-        for inner in part.modules()
-    }
-    return {path: module for path, module in model.named_modules() if id(module) not in own}
+    # Walked by hand: named_modules() costs more the deeper a model is, and attaching is to take milliseconds.
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+    while stack:
+        path, module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        found[path] = module
+        prefix, own = f"{path}." if path else "", ("deltas", "copies") if isinstance(module, Adapted) else ()
+        inner = [
+            (prefix + name, child) for name, child in module._modules.items() if child is not None and name not in own
+        ]
+        stack.extend(reversed(inner))
+    return found
+
+
+def base_parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """The parameters of the base, each once. modules: those of `base_modules`."""
+    held = (p for module in modules for p in module._parameters.values() if p is not None)
+    return list({id(parameter): parameter for parameter in held}.values())
 
 
 def adaptable(model: nn.Module) -> tuple[dict[str, Site], dict[str, str]]:
     """(sites by path, reasons by path): what can be adapted, and why a module with a weight cannot."""
     sites: dict[str, Site] = {}
     refused: dict[str, str] = {}
-    unseen = read_past_forward(model)
-    for path, module in base_modules(model).items():
+    modules = base_modules(model)
+    unseen = read_past_forward(modules.values())
+    for path, module in modules.items():
         if not isinstance(getattr(module, "weight", None), nn.Parameter):
             continue
         layout = layout_of(module)
@@ -80,12 +94,12 @@ def adaptable(model: nn.Module) -> tuple[dict[str, Site], dict[str, str]]:
     return sites, refused
 
 
-def read_past_forward(model: nn.Module) -> dict[nn.Module, str]:
+def read_past_forward(modules: Iterable[nn.Module]) -> dict[nn.Module, str]:
     """Modules whose parent computes with their weights directly, so that a change there would do nothing."""
     parents = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
     return {
         module: original_class(parent).__name__
-        for parent in model.modules()
+        for parent in modules
         if isinstance(parent, parents)
         for module in parent.modules()
         if module is not parent
@@ -95,7 +109,6 @@ def read_past_forward(model: nn.Module) -> dict[nn.Module, str]:
 def choose(model: nn.Module, targets: Sequence[str], exclude: Sequence[str] = ()) -> list[Site]:
     """The sites that `targets` name and `exclude` does not, in the model's order. UsageError names what is wrong."""
     sites, refused = adaptable(model)
-    modules = base_modules(model)
     chosen: set[str] = set()
     for target in targets:
         found = _linear_paths(model, sites) if target == ALL_LINEAR else [p for p in sites if matches(target, p)]
@@ -115,7 +128,7 @@ def choose(model: nn.Module, targets: Sequence[str], exclude: Sequence[str] = ()
     if not chosen:
         raise UsageError("the targets and exclusions leave no module to adapt")
     for path in sorted(refused) if ALL_LINEAR in targets else ():
-        if isinstance(modules[path], nn.Linear):
+        if isinstance(model.get_submodule(path), nn.Linear):
             log.warning("%s is left out of all-linear: it %s", path, refused[path])
     return [site for path, site in sites.items() if path in chosen]
 

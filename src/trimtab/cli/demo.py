@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from trimtab.tasks.likelihood import ChoiceResult
     from trimtab.tasks.naming import NamingScore, NamingTask
 
-INSTRUCTION_TOKENS = 512
+MAX_LENGTH = 512
 EVALUATED = 32  # of the test functions, for the loss while training: enough to see it fall
 ANSWER_TOKENS = 16  # names of the standard library take 4 tokens in the median, 12 at most nearly always
 
@@ -31,10 +31,10 @@ ANSWER_TOKENS = 16  # names of the standard library take 4 tokens in the median,
 class DemoFlags(ModelFlags):
     model: str = option("smollm2-135m", "short name (trimtab list models), folder, GGUF file or hub id")
     code: str | None = option(None, "folder of Python files to learn from; by default the standard library")
-    functions: int = option(480, "functions to train on")
+    functions: int = option(720, "functions to train on")
     test_functions: int = option(100, "functions of other modules to test on")
     rank: int = option(16, "rank of the LoRA")
-    lr: float = option(5e-4, "learning rate, falling linearly to 0")
+    lr: float = option(1e-3, "learning rate, falling linearly to 0")
     seed: int = option(0, "of the split, the adapter's start and the order of the data")
     out: str | None = option(None, "the run's folder; by default runs/demo-N")
 
@@ -54,6 +54,7 @@ def run(name: str, summary: str, argv: list[str]) -> None:
     screen = Screen(output)
     started = time.perf_counter()
     from trimtab.tasks import naming
+    from trimtab.train.loop import peak_rss_bytes
 
     task = naming.build(
         Path(flags.code) if flags.code else None, train=flags.functions, test=flags.test_functions, seed=flags.seed
@@ -67,27 +68,38 @@ def run(name: str, summary: str, argv: list[str]) -> None:
         f"({len(task.modules_train)} and {len(task.modules_test)} modules)"
     )
     loaded = load_model(flags, screen)
-    recipe = resolved(_recipe(flags, task, folder), loaded)
+    system = takes_system(loaded.tokenizer)
+    recipe = resolved(_recipe(flags, task, folder, system), loaded)
     write_config(recipe, folder)
-    before = measure(loaded, task, screen, "before")
+    before = measure(loaded, task, system, screen, "before")
     adapter, result = _train(recipe, loaded, task, folder, screen)
-    after = measure(loaded, task, screen, "after")
+    after = measure(loaded, task, system, screen, "after")
     audit, merged = _deliver(adapter, loaded, folder, screen)
     result |= gains(task, before, after)
     result |= {"merged": str(merged), "audit": str(folder / "audit.json"), "training_seconds": result["seconds"]}
-    result |= {"seconds": time.perf_counter() - started, "run": str(folder), "report": str(folder / "report.html")}
+    result |= {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak_rss_bytes()}
+    result |= {"run": str(folder), "report": str(folder / "report.html")}
     _write(folder, task, before, after, audit, result)
     _tell(task, before, after, result, flags, screen)
     screen.result(result)
 
 
-def _recipe(flags: DemoFlags, task: NamingTask, folder: Path) -> Recipe:
+def takes_system(tokenizer: Any) -> bool:
+    """Whether a chat template has a system turn; some refuse one."""
+    try:
+        tokenizer.apply_chat_template([{"role": "system", "content": "s"}, {"role": "user", "content": "u"}])
+    except Exception:  # a template raises what it likes
+        return False
+    return True
+
+
+def _recipe(flags: DemoFlags, task: NamingTask, folder: Path, system: bool) -> Recipe:
     """The run as a recipe that `trimtab train --config` takes, with its data beside it."""
     from trimtab.tasks import naming
 
     sides = {"train": task.train, "test": task.test, "evaluation": task.test[:EVALUATED]}
     for side, functions in sides.items():
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in naming.rows(functions))
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in naming.rows(functions, system))
         write_whole(folder / "data" / f"{side}.jsonl", lines)
     flat = {
         "model": flags.model,
@@ -97,7 +109,7 @@ def _recipe(flags: DemoFlags, task: NamingTask, folder: Path) -> Recipe:
         "data": str(folder / "data" / "train.jsonl"),
         "eval_data": str(folder / "data" / "evaluation.jsonl"),
         "eval_every": max(1, math.ceil(flags.functions / 8) // 4),
-        "max_length": INSTRUCTION_TOKENS,
+        "max_length": MAX_LENGTH,
         "method": "lora",
         "rank": flags.rank,
         "alpha": 2.0 * flags.rank,
@@ -111,14 +123,14 @@ def _recipe(flags: DemoFlags, task: NamingTask, folder: Path) -> Recipe:
     return build_recipe(flat, "trimtab demo")
 
 
-def measure(loaded: Any, task: NamingTask, screen: Screen, when: str) -> Skill:
+def measure(loaded: Any, task: NamingTask, system: bool, screen: Screen, when: str) -> Skill:
     """Name the test functions and answer the knowledge questions."""
     from trimtab.tasks import naming
     from trimtab.tasks.generate import generate
     from trimtab.tasks.knowledge import questions
     from trimtab.tasks.likelihood import choice_scores
 
-    prompts = [[{"role": "user", "content": function.prompt}] for function in task.test]
+    prompts = [function.turns(system) for function in task.test]
     with screen.progress(f"naming functions {when}", "functions") as update:
         answers = generate(
             loaded.model, loaded.tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, batch_size=20, progress=update

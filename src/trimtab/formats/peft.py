@@ -334,7 +334,8 @@ def _deltas(
 def _copies(
     model: nn.Module, rest: Mapping[str, Tensor], tie: bool, folder: Path
 ) -> dict[str, tuple[nn.Module, Copies]]:
-    modules, shared, unseen = base_modules(model), shared_parameters(model), read_past_forward(model)
+    modules, shared = base_modules(model), shared_parameters(model)
+    unseen = read_past_forward(modules.values())
     parameters: dict[str, dict[str, nn.Parameter]] = {}
     buffers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in _without_doubles(rest).items():

@@ -14,12 +14,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from trimtab.errors import UsageError
 from trimtab.tasks.statistics import Interval, bootstrap, mean
 
 PLACEHOLDER = "FUNCTION"
-INSTRUCTION = "Name this Python function."
+SYSTEM = "Name functions."
+QUESTION = "FUNCTION should be called"
 LENGTHS = range(80, 401)
 NOT_SOURCE = ("__pycache__", "site-packages", "dist-packages", "node_modules", "venv")
 SKIPPED_FOLDERS = frozenset((*NOT_SOURCE, "test", "tests", "idle_test", "encodings", "pydoc_data"))
@@ -37,9 +39,14 @@ class NamedFunction:
     code: str
     module: str
 
-    @property
-    def prompt(self) -> str:
-        return f"{INSTRUCTION}\n\n{self.code}"
+    def turns(self, system: bool = True) -> list[dict[str, str]]:
+        """The question as chat turns; without the system turn for templates that have none.
+
+        The question stands after the code, where all of it has been read, and the system turn takes the place of the
+        longer one that some templates put in by themselves.
+        """
+        user = {"role": "user", "content": f"{self.code}\n\n{QUESTION}"}
+        return [{"role": "system", "content": SYSTEM}, user] if system else [user]
 
 
 @dataclass(frozen=True)
@@ -126,9 +133,10 @@ def build(code: Path | None = None, *, train: int = 480, test: int = 100, seed: 
     )
 
 
-def rows(functions: Sequence[NamedFunction]) -> list[dict[str, str]]:
-    """The functions as rows of data, in prompt/completion layout."""
-    return [{"prompt": function.prompt, "completion": function.name} for function in functions]
+def rows(functions: Sequence[NamedFunction], system: bool = True) -> list[dict[str, Any]]:
+    """The functions as rows of data, in messages layout."""
+    answers = ({"role": "assistant", "content": function.name} for function in functions)
+    return [{"messages": [*f.turns(system), answer]} for f, answer in zip(functions, answers, strict=True)]
 
 
 def score(predictions: Sequence[str], functions: Sequence[NamedFunction]) -> NamingScore:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from trimtab.adapt.adapter import Adapter
+from trimtab.deltas.layout import original_class
 from trimtab.errors import TrainingError, UsageError
 from trimtab.train.loss import modes_kept
 from trimtab.train.settings import Settings
@@ -34,17 +35,21 @@ def training_mode(model: nn.Module, settings: Settings) -> Iterator[None]:
 
 @contextmanager
 def _gradient_checkpointing(model: Any, wanted: bool) -> Iterator[None]:
-    if not wanted or getattr(model, "is_gradient_checkpointing", False):
+    # Newer versions of transformers call it activation checkpointing, and warn of the older name.
+    name = "activation_checkpointing" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing"
+    if not wanted or getattr(model, f"is_{name}", False):
         yield
         return
     try:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        getattr(model, f"{name}_enable")({"use_reentrant": False})
     except (AttributeError, ValueError) as error:
-        raise UsageError(f"{type(model).__name__} has no gradient checkpointing: turn it off") from error
+        raise UsageError(
+            f"{original_class(model).__name__} has no gradient checkpointing, or refuses it ({error}): turn it off"
+        ) from error
     try:
         yield
     finally:
-        model.gradient_checkpointing_disable()
+        getattr(model, f"{name}_disable")()
 
 
 @contextmanager

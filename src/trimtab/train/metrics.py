@@ -30,9 +30,13 @@ class MetricsFile:
 
     def __init__(self, path: Path, last_step: int) -> None:
         self._path = path
-        # Whole or not at all: a kill here must not cost the rows that are kept.
-        write_whole(path, "".join(line + "\n" for line in _rows_until(path, last_step)))
-        self._file: IO[str] = path.open("a", encoding="utf-8")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Whole or not at all: a kill here must not cost the rows that are kept.
+            write_whole(path, "".join(line + "\n" for line in _rows_until(path, last_step)))
+            self._file: IO[str] = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise storage_error(error, path) from error
 
     def log(self, row: dict[str, Any]) -> None:
         try:
