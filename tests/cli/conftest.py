@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
-)
+from tiny_command_line import CHAT_TEMPLATE, environment, rows, write_rows
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +52,7 @@ def model(tmp_path_factory):
                 num_hidden_layers=2,
                 num_attention_heads=4,
                 num_key_value_heads=2,
-                max_position_embeddings=512,
+                max_position_embeddings=4096,
                 initializer_range=0.2,
                 eos_token_id=None,
                 bos_token_id=None,
@@ -69,15 +62,6 @@ def model(tmp_path_factory):
     llama.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-def rows(start, stop):
-    return [{"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}."} for i in range(start, stop)]
-
-
-def write_rows(path, items):
-    path.write_text("".join(json.dumps(row) + "\n" for row in items), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -113,10 +97,6 @@ def trimtab(capsys):
         return Outcome(code, *capsys.readouterr())
 
     return call
-
-
-def environment():
-    return {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture

@@ -74,6 +74,8 @@ class Screen:
 
         self.output = output
         self.console: Console = Console(stderr=output.json, highlight=False, soft_wrap=True, emoji=False)
+        if not self.console.is_terminal:
+            self.console.width = 1000  # tables wrap to fit a terminal, and nothing else
         self._bars: Console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
         log = logging.getLogger("trimtab")
         log.handlers = [_Notes(self)]
@@ -93,10 +95,6 @@ class Screen:
         """One line about what is going on, on standard error."""
         if not self.output.quiet:
             self._bars.print(text, markup=False)
-
-    def table(self, table: Any) -> None:
-        """A rich table, which wraps in a terminal alone."""
-        self.console.print(table, width=None if self.console.is_terminal else 1000)
 
     def result(self, values: Mapping[str, Any]) -> None:
         """The result, for --json."""

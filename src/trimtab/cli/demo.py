@@ -236,14 +236,14 @@ def _tell(
             f"{low:.3f} to {high:.3f}", f"{row['chance']:.3f}",
         )  # fmt: skip
     screen.say()
-    screen.table(table)
+    screen.console.print(table)
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for column, width in (("its author's name", 22), ("after", 22), ("before", 30)):
         shown.add_column(column, overflow="ellipsis", no_wrap=True, width=width)
     for function, old, new in list(zip(task.test, before.answers, after.answers, strict=True))[:6]:
         shown.add_row(function.name, new.replace("\n", " "), old.replace("\n", " "))
     screen.say()
-    screen.table(shown)
+    screen.console.print(shown)
     screen.say(
         f"\nadapter {result['adapter']}, merged model {result['merged']}\n"
         f"{result['seconds']:.0f} s in all, peak memory {result['peak_rss_bytes'] / 2**30:.2f} GiB\n\nnext:\n"

@@ -31,7 +31,7 @@ def run(name: str, summary: str, argv: list[str]) -> None:
         table.add_column(column)
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
-    screen.table(table)
+    screen.console.print(table)
 
 
 def _methods() -> list[dict[str, Any]]:

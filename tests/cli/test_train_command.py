@@ -1,0 +1,400 @@
+"""trimtab train, on a tiny model: what it says, what it writes, what it refuses."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+import yaml
+from tiny_command_line import rows, write_rows
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def weights(folder):
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_run_folder_holds_what_it_should(train, tmp_path):
+    done = train(tmp_path / "run", "--save-every", 1)
+    assert done.code == 0, done.err
+    found = files(tmp_path / "run")
+    for name in ("config.yaml", "metrics.jsonl", "result.json", "layers.json", "adapter/adapter_config.json"):
+        assert name in found
+    assert not [name for name in found if "partial" in name]
+    assert "16 rows, prompt-completion layout" in done.out
+    assert re.search(r"trained in [\d.]+ s, [\d]+ tokens/s, loss [\d.]+ nats per token", done.out)
+    assert f"next: trimtab report {tmp_path / 'run'}" in done.out
+
+
+def test_json_is_one_object_with_the_figures_and_the_rest_is_told_elsewhere(train, tmp_path, data):
+    done = train(tmp_path / "run", "--json", "--eval-data", data / "eval.jsonl")
+    result = done.json
+    for key in ("seconds", "real_tokens", "supervised_tokens", "tokens_per_second", "train_loss", "eval_loss"):
+        assert isinstance(result[key], int | float), key
+    assert result["peak_rss_bytes"] > 50e6
+    assert result["adapter"] == str(tmp_path / "run" / "adapter")
+    assert result["steps"] == 2
+    assert "16 rows" in done.err
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
+
+
+def test_quiet_says_nothing(train, tmp_path):
+    done = train(tmp_path / "run", "--quiet")
+    assert (done.code, done.out, done.err) == (0, "", "")
+
+
+def test_the_saved_config_gives_the_same_run_again(train, trimtab, tmp_path):
+    train(tmp_path / "one", "--dropout", 0.2, "--schedule", "cosine", "--targets", "q_proj", "v_proj", "--seed", 4)
+    config = tmp_path / "one" / "config.yaml"
+    assert trimtab("train", "--config", config, "--out", tmp_path / "two").code == 0
+    assert weights(tmp_path / "one") == weights(tmp_path / "two")
+    assert config.read_text() == (tmp_path / "two" / "config.yaml").read_text()
+    trimtab("train", "--config", config, "--out", tmp_path / "three", "--seed", 5)
+    assert weights(tmp_path / "one") != weights(tmp_path / "three")
+
+
+def test_the_saved_config_holds_what_was_measured(trimtab, model, data, tmp_path):
+    trimtab("train", "--model", model, "--data", data / "train.jsonl", "--out", tmp_path / "run", "--max-steps", 1)
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["dtype"] in ("float32", "bfloat16")
+    assert config["threads"] >= 1
+
+
+def test_runs_without_a_name_are_numbered(trimtab, model, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2):
+        done = trimtab(
+            "train", "--model", model, "--data", data / "train.jsonl", "--max-steps", 1, "--threads", 1, "--json"
+        )
+        assert done.json["adapter"] == f"runs/train-{number}/adapter"
+
+
+def test_full_fine_tuning_and_patterns_go_through_the_command_line(trimtab, model, data, tmp_path):
+    fixed = ["train", "--model", model, "--data", data / "train.jsonl", "--max-steps", 2, "--threads", 1, "--json"]
+    full = trimtab(*fixed, "--out", tmp_path / "full", "--method", "full", "--targets", "q_proj").json
+    assert full["trainable_parameters"] == 2 * 32 * 32
+    lora = trimtab(
+        *fixed, "--out", tmp_path / "lora", "--targets", "q_proj", "--rank", 4, "--rank-pattern", "layers.0.*=2"
+    ).json
+    assert lora["trainable_parameters"] == 64 * (4 + 2)
+
+
+# --- resuming ---
+
+
+def metrics(folder):
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in found]
+
+
+@pytest.fixture
+def interrupted(train, tmp_path):
+    """A finished run of six steps, and a copy of it as it was after four."""
+    train(tmp_path / "whole", "--max-steps", 6, "--epochs", 4, "--save-every", 2, "--dropout", 0.1)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "adapter")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-000006")
+    return tmp_path / "whole", tmp_path / "cut"
+
+
+def test_resuming_needs_the_folder_alone(interrupted, trimtab):
+    whole, cut = interrupted
+    done = trimtab("train", "--out", cut, "--resume", "--json")
+    assert done.code == 0, done.err
+    assert done.json["steps"] == 6
+    assert weights(cut) == weights(whole)
+    assert metrics(cut) == metrics(whole)
+
+
+def test_resuming_takes_the_same_flags_again(interrupted, train):
+    whole, cut = interrupted
+    done = train(cut, "--max-steps", 6, "--epochs", 4, "--save-every", 2, "--dropout", 0.1, "--resume")
+    assert done.code == 0, done.err
+    assert weights(cut) == weights(whole)
+
+
+def test_resuming_with_another_recipe_names_the_keys(interrupted, trimtab):
+    _, cut = interrupted
+    before = files(cut)
+    done = trimtab("train", "--out", cut, "--resume", "--lr", 1, "--rank", 2)
+    assert done.code == 2
+    assert "lr was None, and is 1.0 now" in done.err
+    assert "rank was 4, and is 2 now" in done.err
+    assert files(cut) == before
+
+
+def test_resuming_with_other_data_under_the_same_name_is_refused(trimtab, model, tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", rows(0, 12))
+    fixed = ["train", "--model", model, "--data", data, "--threads", 1, "--out", tmp_path / "run"]
+    trimtab(*fixed, "--save-every", 1)
+    write_rows(data, rows(1, 13))
+    done = trimtab("train", "--out", tmp_path / "run", "--resume")
+    assert done.code == 2
+    assert "training data was '12 examples" in done.err
+
+
+def test_resuming_what_is_no_run_is_told(trimtab, tmp_path):
+    done = trimtab("train", "--out", tmp_path / "typo", "--resume")
+    assert done.code == 2
+    assert f"there is no run to resume in {tmp_path / 'typo'}" in done.err
+    assert "give --out" in trimtab("train", "--model", "m", "--data", "d", "--resume").err
+
+
+def test_resuming_a_run_that_had_not_begun_begins_it(train, tmp_path):
+    done = train(tmp_path / "run", "--resume")
+    assert done.code == 0
+    assert "nothing to resume" in done.err
+    assert (tmp_path / "run" / "adapter").is_dir()
+
+
+def test_a_used_folder_is_not_overwritten(train, tmp_path):
+    train(tmp_path / "run")
+    before = weights(tmp_path / "run")
+    done = train(tmp_path / "run", "--seed", 9)
+    assert done.code == 2
+    assert "is not empty: choose another folder, or go on with --resume" in done.err
+    assert weights(tmp_path / "run") == before
+
+
+def test_ctrl_c_leaves_a_run_that_goes_on(process, trimtab, model, data, tmp_path):
+    out = tmp_path / "a run"
+    fixed = ["train", "--model", model, "--data", data / "train.jsonl", "--threads", 1, "--rank", 2, "--seed", 1]
+    child = process(*fixed, "--epochs", 100_000, "--max-steps", 100_000, "--out", out)
+    wait_for(lambda: (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text()) > 2000, child)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert "Traceback" not in err
+    assert f"trimtab: stopped: go on with trimtab train --out '{out}' --resume" in err
+    reached = len(metrics(out))
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{reached:06d}"]
+    # The same run, made short, so that going on comes to an end.
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    state = out / "checkpoints" / f"step-{reached:06d}" / "state.json"
+    (out / "config.yaml").write_text(yaml.safe_dump({**config, "max_steps": reached + 2}))
+    state.write_text(state.read_text().replace('"max_steps": 100000', f'"max_steps": {reached + 2}'))
+    done = trimtab("train", "--out", out, "--resume", "--json")
+    assert done.code == 0, done.err
+    trimtab(*fixed, "--epochs", 100_000, "--max-steps", reached + 2, "--out", tmp_path / "whole", "--dtype", "float32")
+    assert weights(out) == weights(tmp_path / "whole")
+    assert metrics(out) == metrics(tmp_path / "whole")
+
+
+def wait_for(condition, child, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert child.poll() is None, child.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+# --- what it warns of and refuses ---
+
+
+def test_contamination_is_a_loud_warning(train, tmp_path, data):
+    leaked = write_rows(tmp_path / "eval.jsonl", [*rows(0, 3), *rows(50, 51)])
+    done = train(tmp_path / "run", "--eval-data", leaked)
+    assert done.code == 0
+    assert "warning: contamination: 3 of the 4 rows of eval.jsonl (75%)" in done.err
+
+
+def test_cut_answers_are_a_loud_warning(train, tmp_path):
+    done = train(tmp_path / "run", "--max-length", 46)
+    assert "answers cut at max_length (46)" in done.err
+    assert done.code == 0
+
+
+def test_warnings_are_told_even_when_quiet(train, tmp_path):
+    assert "answers cut" in train(tmp_path / "run", "--max-length", 46, "--quiet").err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("rows.jsonl", b"", "rows.jsonl is empty"),
+        ("rows.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt": "c"}\n', "row 2"),
+        ("rows.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": ""}\n', "row 2"),
+        ("rows.jsonl", b'{"prompt": "\xff", "completion": "b"}\n', "not valid UTF-8"),
+        ("rows.jsonl", b'{"prompt": "a", "completion": "b"}\n{"pro', "broken JSON at line 2"),
+        ("rows.jsonl", b"\x89PNG\r\n\x1a\n" + b"\0" * 50, "is a PNG image"),
+        ("rows.jsonl.gz", gzip.compress(b'{"prompt": "a", "completion": "b"}\n' * 50)[:-12], "truncated gzip"),
+        ("rows.jsonl", b'{"question": "a"}\n', "rows.jsonl"),
+    ],
+    ids=["empty", "no-answer", "blank-answer", "not-utf8", "cut-off", "image", "cut-gzip", "unknown-keys"],
+)
+def test_bad_data_is_told_before_anything_is_loaded(trimtab, tmp_path, name, content, told):
+    (tmp_path / name).write_bytes(content)
+    done = trimtab("train", "--model", "no-such-model", "--data", tmp_path / name, "--out", tmp_path / "run")
+    assert done.code == 2
+    assert told in done.err
+    assert "Traceback" not in done.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_supervised_is_refused(train, tmp_path):
+    done = train(tmp_path / "run", "--max-length", 10)
+    assert done.code == 2
+    assert "no token is supervised" in done.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_conversation_without_a_chat_template_is_refused(trimtab, model, tmp_path):
+    plain = tmp_path / "plain"
+    shutil.copytree(model, plain)
+    (plain / "chat_template.jinja").unlink()
+    chats = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}]
+    data = write_rows(tmp_path / "chats.jsonl", chats)
+    done = trimtab("train", "--model", plain, "--data", data, "--out", tmp_path / "run", "--threads", 1)
+    assert done.code == 2
+    assert "no chat template" in done.err
+
+
+def test_a_model_without_a_tokenizer_is_refused(trimtab, model, data, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(model / name, bare)
+    done = trimtab("train", "--model", bare, "--data", data / "train.jsonl", "--out", tmp_path / "run", "--threads", 1)
+    assert done.code == 2
+    assert "has no tokenizer" in done.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--targets", "q_prj"], "q_proj"),
+        (["--rank", 0], "rank is 0"),
+        (["--rank", 33], "above"),
+        (["--threads", 0], "threads is 0, but must be at least 1"),
+        (["--eval-every", 2], "eval_every needs evaluation data"),
+        (["--keep-best"], "keep_best needs evaluation data"),
+        (["--layout", "alpca"], "alpaca"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_a_setting_that_cannot_be_is_told(train, tmp_path, flags, told):
+    done = train(tmp_path / "run", *flags)
+    assert done.code == 2
+    assert told in done.err
+    assert "Traceback" not in done.err
+
+
+def test_a_missing_logger_is_told_before_training(train, tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    done = train(tmp_path / "run", "--log-to", "wandb")
+    assert done.code == 2
+    assert "pip install wandb" in done.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_cannot_be_had_offline_is_told(trimtab, data, tmp_path):
+    done = trimtab("train", "--model", "nobody/nothing", "--data", data / "train.jsonl", "--out", tmp_path / "run")
+    assert done.code == 2
+    assert "no model 'nobody/nothing'" in done.err
+
+
+def test_code_that_comes_with_a_model_is_not_run(trimtab, model, data, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(model, own)
+    config = json.loads((own / "config.json").read_text())
+    config |= {"model_type": "strange", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
+    (own / "config.json").write_text(json.dumps(config))
+    (own / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    done = trimtab("train", "--model", own, "--data", data / "train.jsonl", "--out", tmp_path / "run", "--threads", 1)
+    assert done.code == 2
+    assert "--trust-remote-code" in done.err
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_file_in_the_way_of_the_run_is_told_at_once(train, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert "is a file, but the run needs a folder" in train(tmp_path / "file").err
+    done = train(tmp_path / "file" / "run")
+    assert done.code == 2
+    assert f"{tmp_path / 'file'} is a file" in done.err
+
+
+def test_a_folder_that_cannot_be_written_is_told_at_once(train, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *args, **kwargs: False)  # root may write anywhere
+    done = train(tmp_path / "run")
+    assert done.code == 2
+    assert "cannot be written" in done.err
+
+
+def test_out_of_memory_says_what_to_lower(train, tmp_path, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    def forward(self, *args, logits_to_keep=0, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    done = train(tmp_path / "run")
+    assert done.code == 2
+    assert "out of memory: lower micro_batch (now 8), max_length or the rank" in done.err
+
+
+def test_a_loss_that_is_not_finite_fails_and_keeps_the_adapter(train, tmp_path):
+    done = train(tmp_path / "run", "--lr", 1e30, "--max-steps", 20, "--epochs", 20)
+    assert done.code == 1
+    assert re.search(r"step \d+ has .*\(look at its rows: [\d, ]+\); the last good adapter", done.err)
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+
+
+# --- the terminal ---
+
+
+def test_a_terminal_shows_a_bar_with_rate_and_time_left(process, model, data, tmp_path):
+    import os
+    import pty
+
+    controller, terminal = pty.openpty()
+    child = process(
+        "train", "--model", model, "--data", data / "train.jsonl", "--threads", 1, "--epochs", 30, "--out",
+        tmp_path / "run", stdout=subprocess.DEVNULL, stderr=terminal,
+    )  # fmt: skip
+    os.close(terminal)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(controller, 4096)
+        except OSError:  # the terminal's other end is closed
+            break
+        if not piece:
+            break
+        shown += piece
+    os.close(controller)
+    assert child.wait(60) == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
+    assert re.search(r"training, loss [\d.]+ .* \d+/60 +[\d.]+ (steps/s|s/step) +ETA +\d+:\d\d:\d\d", text)
+
+
+def test_slow_work_is_told_in_seconds_a_step(monkeypatch):
+    import io
+
+    from rich.console import Console
+
+    from trimtab.cli.common import Output, Screen
+
+    screen = Screen(Output())
+    screen._bars = Console(file=io.StringIO(), force_terminal=True, width=100, _environ={})
+    now = [0.0]
+    screen._bars.get_time = lambda: now[0]
+    with screen.progress("training", "steps") as update:
+        for step in range(1, 4):
+            now[0] += 40.0  # longer than rich would remember by itself
+            update(step, 10)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen._bars.file.getvalue())
+    assert "40.0 s/step" in text
+    assert "ETA 0:04:40" in text

@@ -1,0 +1,26 @@
+"""What the tests of the command line share besides fixtures."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+def rows(start, stop):
+    return [{"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}."} for i in range(start, stop)]
+
+
+def write_rows(path, items):
+    path.write_text("".join(json.dumps(row) + "\n" for row in items), encoding="utf-8")
+    return path
+
+
+def environment():
+    return {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
