@@ -35,6 +35,9 @@ def run(name: str, summary: str, argv: list[str]) -> None:
     audit = trimtab.merge(adapter, dtype=dtype, tokenizer=loaded.tokenizer)
     screen.say(audit.summary())
     folder = trimtab.save_merged(loaded.model, flags.out, tokenizer=loaded.tokenizer)
-    write_whole(Path(folder) / "audit.json", json.dumps(audit.to_dict(), indent=2) + "\n")
+    run_folder = Path(flags.adapter).parent
+    for place in (folder, run_folder) if (run_folder / "config.yaml").exists() else (folder,):
+        # Beside the run the adapter came from, too, so that its report shows what the merge came to.
+        write_whole(place / "audit.json", json.dumps(audit.to_dict(), indent=2) + "\n")
     screen.say(f"merged model: {folder} (audit in {folder / 'audit.json'})")
     screen.result({"merged": str(folder), "audit": audit.to_dict()})

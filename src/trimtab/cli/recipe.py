@@ -63,6 +63,7 @@ class RunFlags:
     log_to: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = option(
         (), "also log to these, through their own libraries"
     )
+    samples: int = option(3, "rows of the evaluation (else training) data to answer for the report, before and after")
 
 
 @dataclasses.dataclass(frozen=True)

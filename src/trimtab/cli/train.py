@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from trimtab.data.read import Source
     from trimtab.train.loop import FitResult, StepReport
 
+SAMPLE_TOKENS = 48  # enough to see the kind of answer; a sample is no measurement
+
 
 def run(name: str, summary: str, argv: list[str]) -> None:
     """Read the recipe, train, say what came of it."""
@@ -52,7 +54,9 @@ def train(recipe: Recipe, folder: Path, screen: Screen) -> dict[str, Any]:
     recipe = resolved(recipe, loaded)
     loggers = [make_logger(name, folder) for name in recipe.run.log_to]
     write_config(recipe, folder)
-    return fit_run(recipe, adapter, loaded.tokenizer, examples, evaluation, folder, screen, loggers)
+    result = fit_run(recipe, adapter, loaded.tokenizer, examples, evaluation, folder, screen, loggers)
+    write_samples(folder, adapter, loaded, sources[1] or sources[0], recipe.run.samples, screen)
+    return result
 
 
 def attach_recipe(recipe: Recipe, model: Any) -> Adapter:
@@ -144,6 +148,36 @@ def fit_run(
     write_whole(folder / "result.json", json.dumps(result, indent=2) + "\n")
     write_whole(folder / "layers.json", json.dumps(layer_changes(adapter)) + "\n")
     return result
+
+
+def write_samples(folder: Path, adapter: Adapter, loaded: Any, source: Source, count: int, screen: Screen) -> None:
+    """samples.jsonl: the last answers of the first conversations, as written, and by the model before and after."""
+    from trimtab.files import write_whole
+    from trimtab.tasks.generate import generate
+
+    rows = [row for row in source.rows if row.turns][:count]
+    if not rows or not loaded.tokenizer.chat_template:
+        return
+    prompts = [[dataclasses.asdict(turn) for turn in row.turns[:-1]] for row in rows]
+    with screen.progress("answering samples", "answers") as update:
+
+        def answers(done: int) -> list[str]:
+            return generate(
+                loaded.model,
+                loaded.tokenizer,
+                prompts,
+                max_new_tokens=SAMPLE_TOKENS,
+                progress=lambda now, _: update(done + now, 2 * len(rows)),
+            )
+
+        after = answers(0)
+        with adapter.disable():
+            before = answers(len(rows))
+    lines = [
+        {"prompt": prompt[-1]["content"], "expected": row.turns[-1].content, "before": old, "after": new}
+        for row, prompt, old, new in zip(rows, prompts, before, after, strict=True)
+    ]
+    write_whole(folder / "samples.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def layer_changes(adapter: Adapter) -> list[dict[str, Any]]:
