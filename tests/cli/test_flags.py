@@ -54,6 +54,11 @@ def test_the_help_lists_every_command(trimtab):
     assert trimtab().out == shown.out
 
 
+def test_a_group_of_commands_has_help(trimtab):
+    shown = trimtab("data", "--help")
+    assert (shown.code, shown.out) == (0, f"trimtab data inspect: {cli.COMMANDS['data inspect'][1]}\n")
+
+
 def test_the_version_is_told(trimtab):
     import trimtab as package
 
@@ -129,7 +134,9 @@ def test_every_recipe_key_is_a_flag_and_survives_yaml():
     assert again == flat
     parts = [*recipes.GROUPS.values(), method_spec("lora")]
     known = {field.name for part in parts for field in dataclasses.fields(part)} | {"method"}
-    assert set(flat) == known - {"out", "resume", "log_to"}
+    place_of_the_run = {field.name for field in dataclasses.fields(recipes.RunFlags)}
+    assert {"out", "resume"} <= place_of_the_run
+    assert set(flat) == known - place_of_the_run
 
 
 def test_no_flag_means_two_things():

@@ -364,14 +364,15 @@ def test_a_closed_pipe_is_quiet():
     assert done.stderr == ""
 
 
-def test_a_reader_that_is_gone_already_is_quiet(process):
+@pytest.mark.parametrize("command", ["list methods --json", "list methods", "--version", "train --help", "data --help"])
+def test_a_reader_that_is_gone_already_is_quiet(process, command):
     read, write = os.pipe()
     os.close(read)
-    child = process("list", "methods", stdout=write)
+    child = process(*command.split(), stdout=write)
     os.close(write)
     _, err = child.communicate(timeout=60)
     assert err == ""
-    assert child.returncode == 1
+    assert child.returncode in (0, 1)  # argparse overlooks what it cannot print
 
 
 def test_a_traceback_comes_with_debug_alone(trimtab):

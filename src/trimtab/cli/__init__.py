@@ -36,19 +36,9 @@ def run(argv: list[str]) -> int:
     # Threads that spin while they wait slow each other down on shared cores; read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        if not argv or argv[0] in ("-h", "--help", "help"):
-            print(_help())
-            return 0
-        if argv[0] == "--version":
-            print(f"trimtab {trimtab.__version__}")
-            return 0
-        name, rest = _command(argv)
-        command = importlib.import_module(f"trimtab.cli.{COMMANDS[name][0]}")
-        command.run(name, COMMANDS[name][1], rest)
+        code = _run(argv)
         sys.stdout.flush()  # so that a closed pipe is met here and not at the very end
-        return 0
-    except SystemExit as stop:  # argparse, after it has printed a command's help
-        return stop.code if isinstance(stop.code, int) else 0
+        return code
     except KeyboardInterrupt as stop:
         _complain("stopped" + (f": {stop}" if str(stop) else ""))
         return 130
@@ -59,6 +49,22 @@ def run(argv: list[str]) -> int:
         if "--debug" in argv:
             traceback.print_exc()
         return _failed(error)
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if argv[0] == "--version":
+        print(f"trimtab {trimtab.__version__}")
+        return 0
+    try:
+        name, rest = _command(argv)
+        command = importlib.import_module(f"trimtab.cli.{COMMANDS[name][0]}")
+        command.run(name, COMMANDS[name][1], rest)
+    except SystemExit as stop:  # after a command's help
+        return stop.code if isinstance(stop.code, int) else 0
+    return 0
 
 
 def _failed(error: Exception) -> int:
