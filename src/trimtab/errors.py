@@ -26,6 +26,12 @@ class FormatError(UsageError):
     """A file that is not what it should be: truncated, foreign, or for another model."""
 
 
+class OutOfMemory(TrimtabError):
+    """Memory ran out; the message says what to lower. Exit code 2: smaller settings would have done."""
+
+    exit_code = 2
+
+
 class TrainingError(TrimtabError, RuntimeError):
     """Training stopped: a loss that is not finite, no memory, a full disk. What was saved before stays whole."""
 

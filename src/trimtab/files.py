@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from trimtab.errors import TrimtabError, UsageError
@@ -97,7 +97,8 @@ def write_whole(path: str | Path, content: str | bytes) -> Path:
         _sync(partial)
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # the reason to tell is the first one
+            partial.unlink(missing_ok=True)
         raise storage_error(error, path) from error
     return path
 

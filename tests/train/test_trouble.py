@@ -13,7 +13,7 @@ import torch
 from tiny_training import make_examples, make_llama
 
 import trimtab
-from trimtab.errors import TrainingError, TrimtabError, UsageError
+from trimtab.errors import OutOfMemory, TrainingError, TrimtabError, UsageError
 from trimtab.files import StorageError
 from trimtab.train.checkpoint import checkpoints, save_checkpoint
 from trimtab.train.loss import causal_loss
@@ -199,7 +199,7 @@ def test_out_of_memory_says_what_to_lower(examples, error):
     def loss(model, batch):
         raise error
 
-    with pytest.raises(TrainingError, match=r"lower micro_batch \(now 4\), max_length or the rank") as caught:
+    with pytest.raises(OutOfMemory, match=r"lower micro_batch \(now 4\), max_length or the rank") as caught:
         trimtab.fit(adapter, examples, Settings(batch_size=8, micro_batch=4), loss=loss)
     assert caught.value.exit_code == 2
 
@@ -210,7 +210,7 @@ def test_the_cpu_allocators_own_message_counts_as_out_of_memory(examples):
     def loss(model, batch):
         return torch.empty(2**60) + causal_loss(model, batch)
 
-    with pytest.raises(TrainingError, match="out of memory: lower max_length or the rank"):
+    with pytest.raises(OutOfMemory, match="out of memory: lower max_length or the rank"):
         trimtab.fit(adapter, examples, Settings(batch_size=1), loss=loss)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trimtab.errors import FormatError, TrimtabError, UsageError
+from trimtab.errors import FormatError, OutOfMemory, TrimtabError, UsageError
 from trimtab.models.checkpoint import check_folder, out_of_memory
 
 # Part of each folder's name: raised when what is written changes, so that older folders are not taken for new ones.
@@ -142,7 +142,7 @@ def _read_gguf(gguf: Path) -> tuple[Any, Any]:
             tokenizer = transformers.AutoTokenizer.from_pretrained(str(source.parent), **common)
     except Exception as error:  # the reader raises whatever its parsing meets
         if out_of_memory(error):
-            raise TrimtabError(f"not enough memory to convert {gguf}: it takes about 8 bytes a parameter") from error
+            raise OutOfMemory(f"not enough memory to convert {gguf}: it takes about 8 bytes a parameter") from error
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise FormatError(f"{gguf} cannot be converted (truncated, or a kind not known here): {reason}") from error
     # The weights are plain now, and a model that says it is quantised cannot be saved.

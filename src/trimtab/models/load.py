@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from trimtab.errors import FormatError, TrimtabError, UsageError, did_you_mean
+from trimtab.errors import FormatError, OutOfMemory, TrimtabError, UsageError, did_you_mean
 from trimtab.models.checkpoint import check_folder, out_of_memory, read_config
 from trimtab.models.convert import check_gguf, safetensors_folder
 from trimtab.models.embedded import EMBEDDED
@@ -196,7 +196,7 @@ def _check_keys(path: Path, kind: Kind, found: dict[str, Any]) -> None:
 def _explained(error: Exception, what: str) -> TrimtabError:
     reason = " ".join(str(error).split()) or type(error).__name__
     if out_of_memory(error):
-        return TrimtabError(f"{what}: not enough memory; lower the dtype to bf16, or take a smaller model")
+        return OutOfMemory(f"{what}: not enough memory; lower the dtype to bfloat16, or take a smaller model")
     if "trust_remote_code" in reason:
         return UsageError(
             f"{what}: it needs Python code that comes with it; read that code, and allow it with --trust-remote-code"
@@ -222,5 +222,5 @@ def _move(model: Any, device: str) -> None:
         model.to(device)
     except (RuntimeError, AssertionError) as error:
         if out_of_memory(error):
-            raise TrimtabError(f"not enough memory on {device}; lower the dtype to bf16") from error
+            raise OutOfMemory(f"not enough memory on {device}; lower the dtype to bfloat16") from error
         raise UsageError(f"device '{device}' cannot be used: {' '.join(str(error).split())[:200]}") from error

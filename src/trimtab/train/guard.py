@@ -13,15 +13,9 @@ from torch import nn
 
 from trimtab.adapt.adapter import Adapter
 from trimtab.deltas.layout import original_class
-from trimtab.errors import TrainingError, UsageError
+from trimtab.errors import OutOfMemory, TrainingError, UsageError
 from trimtab.train.loss import modes_kept
 from trimtab.train.settings import Settings
-
-
-class OutOfMemory(TrainingError):
-    """Memory ran out; the message says what to lower."""
-
-    exit_code = 2
 
 
 @contextmanager
