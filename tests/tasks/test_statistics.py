@@ -80,3 +80,21 @@ def test_impossible_settings_are_refused(options):
 def test_the_mean_of_nothing_is_refused():
     with pytest.raises(UsageError):
         mean([])
+
+
+def test_values_of_one_group_count_as_one_when_groups_are_resampled():
+    values = [0.0] * 50 + [1.0] * 50
+    alone = bootstrap(values)
+    in_two = bootstrap(values, groups=["a"] * 50 + ["b"] * 50)
+    assert alone.low > 0.35
+    assert (in_two.low, in_two.high) == (0.0, 1.0)
+
+
+def test_every_value_a_group_of_its_own_is_the_plain_bootstrap():
+    values = [0.1, 0.7, 0.4, 0.9, 0.2]
+    assert bootstrap(values, groups=list("abcde")) == bootstrap(values)
+
+
+def test_groups_that_do_not_match_the_values_are_refused():
+    with pytest.raises(UsageError, match="3 values, but 2 groups"):
+        bootstrap([1.0, 2.0, 3.0], groups=["a", "b"])

@@ -170,36 +170,33 @@ def _deliver(adapter: Adapter, loaded: Any, folder: Path, screen: Screen) -> tup
 
 
 def gains(task: NamingTask, before: Skill, after: Skill) -> dict[str, Any]:
-    """Before, after, 95 % bootstrap intervals, and what chance would give."""
-    from trimtab.tasks.statistics import paired_bootstrap
+    """Before, after, 95 % bootstrap intervals, and what chance would give.
 
-    chance = task.chance()
+    Functions of one module are alike, so their intervals resample modules.
+    """
+    from trimtab.tasks.statistics import bootstrap, paired_bootstrap
+
+    chance, modules = task.chance(), [function.module for function in task.test]
     found: dict[str, Any] = {}
-    rows: Sequence[tuple[str, Any, Any, float]] = (
-        ("subtoken_f1", before.naming.f1, after.naming.f1, chance.subtoken_f1),
-        ("exact_match", before.naming.exact, after.naming.exact, chance.exact_match),
-        ("knowledge", before.knowledge.correct, after.knowledge.correct, before.knowledge.chance),
+    rows: Sequence[tuple[str, Any, Any, float, list[str] | None]] = (
+        ("subtoken_f1", before.naming.f1, after.naming.f1, chance.subtoken_f1, modules),
+        ("exact_match", before.naming.exact, after.naming.exact, chance.exact_match, modules),
+        ("knowledge", before.knowledge.correct, after.knowledge.correct, before.knowledge.chance, None),
     )
-    for name, old, new, null in rows:
-        intervals = {key: _interval(values) for key, values in (("interval_before", old), ("interval_after", new))}
-        change = paired_bootstrap(old, new)
+    for name, old, new, null, groups in rows:
+        ends = {key: bootstrap(values, groups=groups) for key, values in (("before", old), ("after", new))}
+        change = paired_bootstrap(old, new, groups=groups)
         found[name] = {
             "before": sum(old) / len(old),
             "after": sum(new) / len(new),
-            "interval": intervals["interval_after"],
-            **intervals,
+            "interval": [ends["after"].low, ends["after"].high],
+            "interval_before": [ends["before"].low, ends["before"].high],
+            "interval_after": [ends["after"].low, ends["after"].high],
             "interval_of_change": [change.low, change.high],
             "chance": null,
             "items": len(new),
         }
     return found
-
-
-def _interval(values: Sequence[float]) -> list[float]:
-    from trimtab.tasks.statistics import bootstrap
-
-    found = bootstrap(values)
-    return [found.low, found.high]
 
 
 def _write(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import UsageError
-from trimtab.tasks.statistics import Interval, bootstrap, mean
+from trimtab.tasks.statistics import mean
 
 PLACEHOLDER = "FUNCTION"
 SYSTEM = "Name functions."
@@ -89,12 +89,6 @@ class NamingScore:
     def exact_match(self) -> float:
         return mean(self.exact)
 
-    def f1_interval(self, *, seed: int = 0) -> Interval:
-        return bootstrap(self.f1, seed=seed)
-
-    def exact_interval(self, *, seed: int = 0) -> Interval:
-        return bootstrap(self.exact, seed=seed)
-
 
 def build(code: Path | None = None, *, train: int = 480, test: int = 100, seed: int = 0) -> NamingTask:
     """The task made from every *.py under `code`, or from the standard library of this Python.
@@ -113,10 +107,10 @@ def build(code: Path | None = None, *, train: int = 480, test: int = 100, seed: 
     found = sum(len(functions) for functions in by_module.values())
     chosen = random.Random(seed)
     test_side = _test_modules(by_module, train, test, chosen)
-    sides: dict[bool, list[list[NamedFunction]]] = {True: [], False: []}
+    sides: dict[bool, list[NamedFunction]] = {True: [], False: []}
     for module, functions in by_module.items():
-        sides[module in test_side].append(list(functions))
-    for_training, for_testing = (sum(map(len, sides[side])) for side in (False, True))
+        sides[module in test_side].extend(functions)
+    for_training, for_testing = len(sides[False]), len(sides[True])
     if for_training < train or for_testing < test:
         raise UsageError(
             f"{root} has too few functions to name: {found} in {len(by_module)} modules ({unreadable} files could not "
@@ -124,8 +118,8 @@ def build(code: Path | None = None, *, train: int = 480, test: int = 100, seed: 
             f"{train} and {test} are needed; take a larger code base, or ask for fewer"
         )
     return NamingTask(
-        train=_spread(sides[False], train, chosen),
-        test=_spread(sides[True], test, chosen),
+        train=tuple(chosen.sample(sides[False], train)),
+        test=tuple(chosen.sample(sides[True], test)),
         modules_train=tuple(module for module in by_module if module not in test_side),
         modules_test=tuple(module for module in by_module if module in test_side),
         found=found,
@@ -247,16 +241,6 @@ def _code(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: Sequence[str]) ->
         return None
     # Everywhere, in strings too: an error message that quotes the name would give it away.
     return re.sub(rf"\b{re.escape(node.name)}\b", PLACEHOLDER, text)
-
-
-def _spread(modules: list[list[NamedFunction]], count: int, chosen: random.Random) -> tuple[NamedFunction, ...]:
-    """`count` functions, as many from each module as there is room for, in no order: large modules do not dominate."""
-    piles = [chosen.sample(functions, len(functions)) for functions in modules]
-    taken: list[NamedFunction] = []
-    while len(taken) < count:
-        chosen.shuffle(piles)
-        taken += [pile.pop() for pile in piles if pile][: count - len(taken)]
-    return tuple(chosen.sample(taken, count))
 
 
 def _test_modules(
