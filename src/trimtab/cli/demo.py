@@ -31,10 +31,10 @@ ANSWER_TOKENS = 16  # names of the standard library take 4 tokens in the median,
 class DemoFlags(ModelFlags):
     model: str = option("smollm2-135m", "short name (trimtab list models), folder, GGUF file or hub id")
     code: str | None = option(None, "folder of Python files to learn from; by default the standard library")
-    functions: int = option(720, "functions to train on")
+    functions: int = option(480, "functions to train on")
     test_functions: int = option(100, "functions of other modules to test on")
     rank: int = option(16, "rank of the LoRA")
-    lr: float = option(1e-3, "learning rate, falling linearly to 0")
+    lr: float = option(2e-3, "learning rate, falling linearly to 0")
     seed: int = option(0, "of the split, the adapter's start and the order of the data")
     out: str | None = option(None, "the run's folder; by default runs/demo-N")
 
