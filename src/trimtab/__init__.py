@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from trimtab.deltas import METHODS
+
 __version__ = "0.1.0"
 
 _PLACES = {
@@ -26,46 +28,31 @@ _PLACES = {
     "Settings": "trimtab.train.settings",
     "read": "trimtab.data.read",
     "encode": "trimtab.data.encode",
-    "LoRA": "trimtab.deltas.lora",
-    "Full": "trimtab.deltas.full",
     "TrimtabError": "trimtab.errors",
     "UsageError": "trimtab.errors",
 }
 
-__all__ = [
-    "Adapter",
-    "FitResult",
-    "Full",
-    "LoRA",
-    "MergeAudit",
-    "Settings",
-    "TrimtabError",
-    "UsageError",
-    "adapters",
-    "attach",
-    "encode",
-    "fit",
-    "load",
-    "merge",
-    "read",
-    "rows",
-    "save_merged",
-    "switch",
-    "unmerge",
-]
-
 if TYPE_CHECKING:
-    from trimtab.adapt.adapter import Adapter, adapters, rows, switch
-    from trimtab.adapt.attach import attach
-    from trimtab.adapt.merge import MergeAudit, merge, save_merged, unmerge
-    from trimtab.data.encode import encode
-    from trimtab.data.read import read
-    from trimtab.deltas.full import Full
-    from trimtab.deltas.lora import LoRA
-    from trimtab.errors import TrimtabError, UsageError
-    from trimtab.formats.peft import load
-    from trimtab.train.loop import FitResult, fit
-    from trimtab.train.settings import Settings
+    from trimtab.adapt.adapter import Adapter as Adapter
+    from trimtab.adapt.adapter import adapters as adapters
+    from trimtab.adapt.adapter import rows as rows
+    from trimtab.adapt.adapter import switch as switch
+    from trimtab.adapt.attach import attach as attach
+    from trimtab.adapt.merge import MergeAudit as MergeAudit
+    from trimtab.adapt.merge import merge as merge
+    from trimtab.adapt.merge import save_merged as save_merged
+    from trimtab.adapt.merge import unmerge as unmerge
+    from trimtab.data.encode import encode as encode
+    from trimtab.data.read import read as read
+    from trimtab.errors import TrimtabError as TrimtabError
+    from trimtab.errors import UsageError as UsageError
+    from trimtab.formats.peft import load as load
+    from trimtab.train.loop import FitResult as FitResult
+    from trimtab.train.loop import fit as fit
+    from trimtab.train.settings import Settings as Settings
+
+_PLACES |= {cls: module for module, _, cls in (place.partition(":") for place in METHODS.values())}
+__all__ = sorted(_PLACES)  # every registered method is a public name
 
 
 def __getattr__(name: str) -> Any:

@@ -18,10 +18,6 @@ class UsageError(TrimtabError, ValueError):
     exit_code = 2
 
 
-class UsageTypeError(UsageError, TypeError):
-    """An input of the wrong type."""
-
-
 class FormatError(UsageError):
     """A file that is not what it should be: truncated, foreign, or for another model."""
 
@@ -34,6 +30,12 @@ class OutOfMemory(TrimtabError):
 
 class TrainingError(TrimtabError, RuntimeError):
     """Training stopped: a loss that is not finite, no memory, a full disk. What was saved before stays whole."""
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out: Python's, the processor's or the accelerator's."""
+    words = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 
 def problems_to_error(problems: Sequence[str], what: str) -> None:

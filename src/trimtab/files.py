@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -101,6 +102,20 @@ def write_whole(path: str | Path, content: str | bytes) -> Path:
             partial.unlink(missing_ok=True)
         raise storage_error(error, path) from error
     return path
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Raise what safetensors says of a full disk and the like as the OSError it is."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), str(error), str(path)) from error
 
 
 def storage_error(error: OSError, path: Path) -> TrimtabError:

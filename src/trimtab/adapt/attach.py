@@ -30,6 +30,9 @@ from trimtab.patterns import matches
 
 log = logging.getLogger("trimtab")
 
+WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
+"""Classes around a model, and where the model is in them. Paths through them would fit no other tool."""
+
 
 def attach(
     model: nn.Module,
@@ -48,8 +51,9 @@ def attach(
 
     targets: "all-linear" (every linear layer but the output head), names, globs or `re:` patterns. name: letters,
     digits, - and _. seed: of the random start. bias, extra_modules, slices, exclude: see `Placement`. dtype: of
-    the adapter's parameters. Raises UsageError for a target that matches nothing, a rank above a weight's
-    smaller side, a name in use. Nothing is changed when it raises.
+    the deltas' parameters; biases and extra modules are trained in the dtype the base has them in. Raises UsageError
+    for a target that matches nothing, a rank above a weight's smaller side, a name in use, a wrapped model. Nothing is
+    changed when it raises.
     """
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
     parts = {pattern: tuple(bool(f) for f in flags) for pattern, flags in (slices or {}).items()}
@@ -77,6 +81,9 @@ def attach(
 
 def check_name(model: nn.Module, name: str) -> None:
     """Refuse a name that is taken, or that cannot be a part of a state-dict key."""
+    if isinstance(getattr(model, WRAPPERS.get(type(model).__name__, ""), None), nn.Module):
+        inner = WRAPPERS[type(model).__name__]
+        raise UsageError(f"the model is wrapped in a {type(model).__name__}: adapt model.{inner}, then wrap it")
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
         raise UsageError(
             f"adapter name '{name}' cannot be used: take letters, digits, - and _, and no word of Python's dict"

@@ -21,8 +21,8 @@ from trimtab.adapt.probe import Outputs, compare, run_probes
 from trimtab.adapt.select import base_modules, shared_parameters
 from trimtab.deltas.delta import Delta, wide
 from trimtab.errors import TrimtabError, UsageError
-from trimtab.files import whole_folder
-from trimtab.models.quiet import quiet
+from trimtab.files import disk_errors, whole_folder
+from trimtab.quiet import quiet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,7 +340,7 @@ def save_merged(model: nn.Module, folder: str | Path, *, tokenizer: Any = None) 
     )
     weights = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(own)}
     with whole_folder(folder) as partial:
-        with quiet():
+        with quiet(), disk_errors(partial):
             cast("Any", model).save_pretrained(partial, state_dict=weights)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)

@@ -6,7 +6,8 @@ holds, parameter names and state-dict keys of the base stay, and taking the delt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -166,6 +167,17 @@ def set_mode(module: nn.Module, training: bool) -> None:
         module._trains = training
     else:
         module.training = training
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Every module's own training or evaluation mode comes back afterwards."""
+    modes = [(module, mode_of(module)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            set_mode(module, training)
 
 
 _CLASSES: dict[tuple[Any, type], type[nn.Module]] = {}

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from trimtab.adapt.module import mode_of, set_mode
+from trimtab.adapt.module import modes_kept
 
 PROMPTS = (
     "The capital of France is",
@@ -36,13 +36,9 @@ class Outputs:
 def run_probes(model: nn.Module, tokenizer: Any, probes: Sequence[Any] | None) -> Outputs:
     """The model's outputs on the probes given, on prompts in words, or on seeded inputs; none when neither fits."""
     inputs, kind = _inputs(model, tokenizer, probes)
-    modes = [(module, mode_of(module)) for module in model.modules()]
-    model.eval()
-    try:
+    with modes_kept(model):
+        model.eval()
         results = [_call(model, item) for item in inputs]
-    finally:
-        for module, training in modes:
-            set_mode(module, training)
     return Outputs(tuple(r for r, _ in results), kind, all(t for _, t in results) and bool(results))
 
 

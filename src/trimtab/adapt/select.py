@@ -83,6 +83,8 @@ def adaptable(model: nn.Module) -> tuple[dict[str, Site], dict[str, str]]:
         layout = layout_of(module)
         if module in unseen:
             refused[path] = f"is inside a {unseen[module]}, which reads its weight without calling it"
+        elif "forward" in module.__dict__:
+            refused[path] = "has a forward of its own, put over its class's (by a hook?), which hides an adapted one"
         elif layout is None:
             refused[path] = (
                 f"is a {original_class(module).__name__}, which is not a linear, convolution or embedding layer"

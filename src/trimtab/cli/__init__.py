@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 
 import trimtab
-from trimtab.errors import TrimtabError, UsageError, did_you_mean
+from trimtab.errors import TrimtabError, UsageError, did_you_mean, ran_out_of_memory
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("demo", "the main job on an embedded model, start to finish"),
@@ -73,7 +73,7 @@ def _failed(error: Exception) -> int:
         _complain(str(error))
         return error.exit_code
     text = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+    if ran_out_of_memory(error):
         _complain("out of memory: lower the batch size or the length, or load the model in bfloat16 (--dtype)")
         return 2
     _complain(f"unexpected {type(error).__name__}: {text} (run again with --debug for the traceback)")

@@ -6,6 +6,9 @@ import dataclasses
 import json
 import logging
 import os
+import shlex
+import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -160,6 +163,15 @@ def load_model(flags: ModelName, screen: Screen, kind: str = "causal-lm") -> Any
     threads = "" if machine is None else f", {machine.threads} thread{'s' * (machine.threads > 1)} ({machine.reason})"
     screen.note(f"{flags.model}: {size}{threads}")
     return loaded
+
+
+def program() -> str:
+    """How the user can call trimtab again from here, for a shell."""
+    started = Path(sys.argv[0])
+    if started.stem != "trimtab":
+        return "python -m trimtab"
+    on_path = shutil.which("trimtab")
+    return "trimtab" if on_path and Path(on_path).resolve() == started.resolve() else shlex.quote(str(started))
 
 
 def new_run(out: str | None, kind: str, resume: bool = False) -> Path:

@@ -28,7 +28,7 @@ class InspectFlags:
 
 
 def run(name: str, summary: str, argv: list[str]) -> None:
-    """Read, encode, report; exit code 1 when training would refuse the file."""
+    """Read, encode, report; exit code 2 when training would refuse the file."""
     flags, output = options(InspectFlags, name, summary, argv)
     screen = Screen(output)
     from trimtab.data.encode import encode

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.cli.common import ModelFlags, Screen, load_model, new_run, options
+from trimtab.cli.common import ModelFlags, Screen, load_model, new_run, options, program
 from trimtab.cli.recipe import Recipe, build_recipe, resolved, write_config
 from trimtab.cli.train import attach_recipe, fit_run
 from trimtab.files import write_whole
@@ -241,10 +242,12 @@ def _tell(
         shown.add_row(function.name, new.replace("\n", " "), old.replace("\n", " "))
     screen.say()
     screen.console.print(shown)
+    adapter, model, call = shlex.quote(result["adapter"]), shlex.quote(flags.model), program()
     screen.say(
-        f"\nadapter {result['adapter']}, merged model {result['merged']}\n"
+        f"\nreport:       {result['report']} (open it in a browser)\n"
+        f"adapter:      {result['adapter']}\nmerged model: {result['merged']}\n"
         f"{result['seconds']:.0f} s in all, peak memory {result['peak_rss_bytes'] / 2**30:.2f} GiB\n\nnext:\n"
-        f"  open {result['report']} in a browser\n"
-        f"  trimtab chat --model {flags.model} --adapter naming={result['adapter']}\n"
-        f"  trimtab train --model {flags.model} --data YOUR_FILE.jsonl"
+        f"  {call} chat --model {model} --adapter naming={adapter}\n"
+        f"  {call} data inspect YOUR_FILE.jsonl --model {model}\n"
+        f"  {call} train --model {model} --data YOUR_FILE.jsonl"
     )

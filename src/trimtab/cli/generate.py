@@ -71,7 +71,7 @@ def named_adapters(given: tuple[str, ...]) -> dict[str, str]:
     """Folder by name, from DIR (named after the folder) or NAME=DIR. UsageError for a name given twice."""
     found: dict[str, str] = {}
     for item in given:
-        name, equals, folder = item.partition("=")
+        name, equals, folder = (item, "", "") if Path(item).is_dir() else item.partition("=")
         if not equals:
             path = Path(item)
             name, folder = path.name if path.name != "adapter" else path.absolute().parent.name, item

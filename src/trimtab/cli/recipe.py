@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from trimtab.cli.common import ModelFlags, Output, own
 from trimtab.cli.flags import parse
-from trimtab.deltas import METHODS, method_class, method_spec
+from trimtab.deltas import DEFAULT, METHODS, method_class, method_spec
 from trimtab.errors import UsageError, did_you_mean, problems_to_error
 from trimtab.options import option, read_mapping, read_yaml, to_mapping
 from trimtab.train.settings import Settings
@@ -91,7 +91,7 @@ TITLES = {"model": "model", "data": "data", "place": "where the method goes", "t
 @dataclasses.dataclass(frozen=True)
 class _Choice:
     config: str | None = option(None, "a YAML recipe; flags given beside it win")
-    method: str = option("lora", f"one of {', '.join(METHODS)}")
+    method: str = option(DEFAULT, f"one of {', '.join(METHODS)}")
 
 
 def read_recipe(name: str, summary: str, argv: list[str]) -> tuple[Recipe, Output]:
@@ -126,7 +126,7 @@ def _config_file(argv: list[str]) -> str | None:
 
 def _method_name(argv: list[str], config: Mapping[str, Any]) -> str:
     """The method, known before the flags are: they depend on it."""
-    name = str(_flag_values(argv).get("--method") or config.get("method", "lora"))
+    name = str(_flag_values(argv).get("--method") or config.get("method", DEFAULT))
     method_spec(name)
     return name
 
@@ -141,6 +141,9 @@ def build_recipe(flat: Mapping[str, Any], what: str) -> Recipe:
     for key, part in parts.items():
         values[key], wrong = read_mapping(part, own(part, flat))
         problems += wrong
+    if not values["data"].get("eval_data"):
+        asked = [name for name in ("eval_every", "keep_best") if values["training"].get(name)]
+        problems += [f"{name} needs evaluation data: give eval_data (--eval-data)" for name in asked]
     problems_to_error(problems, what)
     made = {key: part(**values[key]) for key, part in parts.items()}
     made["method"] = method_class(method)(**values["method"])

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from trimtab.cli.common import ModelFlags, Screen, load_model, options
-from trimtab.deltas import METHODS, make_method, method_spec
+from trimtab.deltas import DEFAULT, METHODS, make_method, method_spec
 from trimtab.errors import TrimtabError
 from trimtab.options import option
 
@@ -14,7 +14,7 @@ from trimtab.options import option
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SelftestFlags(ModelFlags):
     model: str = option("", "short name, folder, GGUF file or hub id; by default a tiny random model")
-    method: str = option("lora", f"one of {', '.join(METHODS)}")
+    method: str = option(DEFAULT, f"one of {', '.join(METHODS)}")
 
 
 def run(name: str, summary: str, argv: list[str]) -> None:

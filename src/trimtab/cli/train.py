@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.cli.common import Screen, load_model, new_run
+from trimtab.cli.common import Screen, load_model, new_run, program
 from trimtab.cli.recipe import Recipe, read_recipe, resolved, same_run, write_config
-from trimtab.errors import UsageError
+from trimtab.errors import TrimtabError, UsageError
 
 if TYPE_CHECKING:
     from trimtab.adapt.adapter import Adapter
@@ -38,8 +39,8 @@ def run(name: str, summary: str, argv: list[str]) -> None:
     )
     screen.say(f"adapter: {result['adapter']}")
     model, adapter, merged = (shlex.quote(str(x)) for x in (recipe.model.model, result["adapter"], folder / "merged"))
-    screen.say(f"next: trimtab report {shlex.quote(str(folder))}")
-    screen.say(f"      trimtab merge --model {model} --adapter {adapter} --out {merged}")
+    screen.say(f"next: {program()} report {shlex.quote(str(folder))}")
+    screen.say(f"      {program()} merge --model {model} --adapter {adapter} --out {merged}")
     screen.result(result)
 
 
@@ -55,7 +56,10 @@ def train(recipe: Recipe, folder: Path, screen: Screen) -> dict[str, Any]:
     loggers = [make_logger(name, folder) for name in recipe.run.log_to]
     write_config(recipe, folder)
     result = fit_run(recipe, adapter, loaded.tokenizer, examples, evaluation, folder, screen, loggers)
-    write_samples(folder, adapter, loaded, sources[1] or sources[0], recipe.run.samples, screen)
+    try:
+        write_samples(folder, adapter, loaded, sources[1] or sources[0], recipe.run.samples, screen)
+    except TrimtabError as error:  # the run is done and saved; samples only illustrate it
+        screen.warn(f"no samples for the report: {error}")
     return result
 
 
@@ -153,12 +157,20 @@ def fit_run(
 def write_samples(folder: Path, adapter: Adapter, loaded: Any, source: Source, count: int, screen: Screen) -> None:
     """samples.jsonl: the last answers of the first conversations, as written, and by the model before and after."""
     from trimtab.files import write_whole
-    from trimtab.tasks.generate import generate
+    from trimtab.tasks.generate import encode, generate
 
-    rows = [row for row in source.rows if row.turns][:count]
-    if not rows or not loaded.tokenizer.chat_template:
+    room = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    rows: list[Any] = []
+    prompts: list[Any] = []
+    for row in source.rows if loaded.tokenizer.chat_template else ():
+        if len(rows) == count:
+            break
+        prompt = [dataclasses.asdict(turn) for turn in row.turns[:-1]]
+        if prompt and len(encode(loaded.tokenizer, prompt)) + SAMPLE_TOKENS <= room:
+            rows.append(row)
+            prompts.append(prompt)
+    if not rows:
         return
-    prompts = [[dataclasses.asdict(turn) for turn in row.turns[:-1]] for row in rows]
     with screen.progress("answering samples", "answers") as update:
 
         def answers(done: int) -> list[str]:

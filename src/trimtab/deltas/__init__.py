@@ -17,6 +17,9 @@ from trimtab.deltas.method import Method
 from trimtab.errors import UsageError, did_you_mean
 from trimtab.options import from_mapping
 
+DEFAULT = "lora"
+"""The method where the user names none."""
+
 METHODS: dict[str, str] = {
     "lora": "trimtab.deltas.lora:LoRA",
     "full": "trimtab.deltas.full:Full",
@@ -45,26 +48,47 @@ def make_method(name: str, **options: Any) -> Method:
 def method_spec(name: str) -> type[Method]:
     """The dataclass of a method without the deltas beside it, and so without importing torch.
 
-    For `--help` and `list`, which must answer at once: only the class statement of the method's file is run,
-    after those imports that do not lead to torch. Its fields and docstring are the real ones.
+    For `--help` and `list`, which must answer at once: only the class statement of the method's file is run, with
+    those imports that do not lead to torch, constants, and the methods of other files it builds on. Its fields and
+    docstring are the real ones.
     """
     module, cls = _place(name)
-    if f"{module}:spec" in sys.modules:
-        return cast("type[Method]", getattr(sys.modules[f"{module}:spec"], cls))
-    package, _, _ = module.rpartition(".")
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        return method_class(name)
-    file = Path(spec.submodule_search_locations[0]) / f"{module.rpartition('.')[2]}.py"
-    light = {"trimtab.deltas.method", "trimtab.errors", "trimtab.options", "trimtab.patterns"}
-    light |= {"__future__", "dataclasses", "typing", "collections.abc", "math"}
+    if f"{module}:spec" not in sys.modules:
+        package, _, file = module.rpartition(".")
+        found = importlib.util.find_spec(package)
+        if found is None or not found.submodule_search_locations:
+            return method_class(name)
+        path = Path(found.submodule_search_locations[0]) / f"{file}.py"
+        _run_light(path, f"{module}:spec", cls)
+    return cast("type[Method]", getattr(sys.modules[f"{module}:spec"], cls))
+
+
+LIGHT = {"__future__", "dataclasses", "typing", "collections.abc", "math"}
+LIGHT |= {"trimtab.deltas.method", "trimtab.errors", "trimtab.options", "trimtab.patterns"}
+"""Modules a method's class statement may need that do not import torch."""
+
+
+def _run_light(file: Path, name: str, cls: str) -> None:
+    """Run the class statement `cls` of a file, and what it needs, as the module `name`."""
+    light = types.ModuleType(name)
     body: list[ast.stmt] = []
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        imports = isinstance(node, ast.Import) and all(a.name in light for a in node.names)
-        imports_from = isinstance(node, ast.ImportFrom) and node.module in light
-        if imports or imports_from or (isinstance(node, ast.ClassDef) and node.name == cls):
+        if isinstance(node, ast.ImportFrom) and node.module not in LIGHT:
+            for method, place in METHODS.items():
+                for alias in node.names:
+                    if place == f"{node.module}:{alias.name}":
+                        setattr(light, alias.asname or alias.name, method_spec(method))
+        elif (
+            isinstance(node, ast.ImportFrom)
+            or (isinstance(node, ast.Import) and all(alias.name in LIGHT for alias in node.names))
+            or (isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant))
+            or (isinstance(node, ast.ClassDef) and node.name == cls)
+        ):
             body.append(node)
     # In sys.modules, because dataclasses and type hints look their module up there.
-    light_module = sys.modules[f"{module}:spec"] = types.ModuleType(f"{module}:spec")
-    exec(compile(ast.Module(body, type_ignores=[]), str(file), "exec"), light_module.__dict__)
-    return cast("type[Method]", getattr(light_module, cls))
+    sys.modules[name] = light
+    try:
+        exec(compile(ast.Module(body, type_ignores=[]), str(file), "exec"), light.__dict__)
+    except BaseException:
+        del sys.modules[name]
+        raise

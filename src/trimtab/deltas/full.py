@@ -22,6 +22,7 @@ class Full(Method):
     """
 
     name: ClassVar[str] = "full"
+    title: ClassVar[str] = "Full fine-tuning"
     formula: ClassVar[str] = "h = (W + ΔW) x"
     paper: ClassVar[str] = "full fine-tuning"
     default_lr: ClassVar[float] = 2e-5

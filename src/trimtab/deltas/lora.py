@@ -28,6 +28,7 @@ class LoRA(Method):
     """
 
     name: ClassVar[str] = "lora"
+    title: ClassVar[str] = "LoRA"
     formula: ClassVar[str] = "h = W x + (α/r) B A x"
     paper: ClassVar[str] = "Hu et al. 2021, arXiv 2106.09685"
     peft_type: ClassVar[str | None] = "LORA"
@@ -145,8 +146,8 @@ class LoRADelta(Delta):
         if self.method.dropout and self.training and not self.layout.lookup:
             x = F.dropout(x, self.method.dropout)
         # The branch runs in the base's dtype; casting the small factors avoids a wider copy of x.
-        A, B = self.A.to(weight.dtype), self.B.to(weight.dtype)
-        return self.layout.low_rank(x, B * self.scale, A)
+        A, B = self.A.to(weight.dtype), (self.B * self.scale).to(weight.dtype)
+        return self.layout.low_rank(x, B, A)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self.layout.base(x, weight, bias) + self.branch(x, weight)

@@ -27,6 +27,8 @@ class Method:
 
     name: ClassVar[str]
     """How the registry, the command line and saved files call it."""
+    title: ClassVar[str]
+    """How people write it, for reports."""
     formula: ClassVar[str]
     """The adapted map in one line, in the paper's symbols."""
     paper: ClassVar[str]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trimtab.deltas.delta import Delta, fill
 from trimtab.deltas.layout import Layout
 from trimtab.deltas.lora import LoRADelta, restored_pair, stored_pair
+from trimtab.errors import FormatError
 
 
 class Sliced(Delta):
@@ -68,10 +69,14 @@ class Sliced(Delta):
         return torch.cat([A for A, _ in pairs]), self._placed([B for _, B in pairs])
 
     def stored(self) -> dict[str, Tensor]:
-        return stored_pair(self.layout, *self.pair()) if isinstance(self.parts[0], LoRADelta) else super().stored()
+        return stored_pair(self.layout, *self.pair()) if self._is_pair() else super().stored()
+
+    def _is_pair(self) -> bool:
+        # Not a subclass of it, which may have more than A and B to store.
+        return type(self.parts[0]) is LoRADelta
 
     def restore(self, stored: Mapping[str, Tensor]) -> None:
-        if not isinstance(self.parts[0], LoRADelta):
+        if not self._is_pair():
             super().restore(stored)
             return
         A, B = restored_pair(self.layout, stored)
@@ -82,6 +87,8 @@ class Sliced(Delta):
             rank = part.A.shape[0]
             part.A.data, part.B.data = A[at : at + rank].clone(), B[start:stop, at : at + rank].clone()
             at += rank
+        if not torch.equal(self.pair()[1], B):
+            raise FormatError("its B changes rows outside the slices")
 
     def rank_and_alpha(self) -> tuple[int, float] | None:
         # Stacking n parts multiplies the rank by n; alpha grows with it so that the scale stays.

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from trimtab.adapt.module import Copies
 from trimtab.adapt.select import Placement, adaptable, base_modules, read_past_forward, shared_parameters
 from trimtab.deltas import METHODS, make_method, method_class
 from trimtab.deltas.delta import Delta
-from trimtab.deltas.layout import ConvLayout, Layout
+from trimtab.deltas.layout import ConvLayout, Layout, original_class
 from trimtab.deltas.lora import stored_pair
 from trimtab.deltas.method import Method
 from trimtab.errors import FormatError, UsageError, did_you_mean
@@ -138,7 +138,7 @@ def _write(
 def _shared_config(adapter: Adapter) -> dict[str, Any]:
     return {
         "auto_mapping": None,
-        "base_model_name_or_path": adapter.provenance.get("base_model") or _base_name(adapter.model),
+        "base_model_name_or_path": _base_name(adapter.model) or adapter.provenance.get("base_model"),
         "task_type": _task_type(adapter.model),
         "inference_mode": True,
         "bias": BIAS_NAMES[adapter.placement.bias],
@@ -182,7 +182,9 @@ def _task_type(model: nn.Module) -> str | None:
         "ForTokenClassification": "TOKEN_CLS",
         "ForQuestionAnswering": "QUESTION_ANS",
     }
-    return next((task for ending, task in endings.items() if type(model).__name__.endswith(ending)), None)
+    task = next((task for ending, task in endings.items() if original_class(model).__name__.endswith(ending)), None)
+    decoder = not getattr(getattr(model, "config", None), "is_encoder_decoder", True)
+    return "CAUSAL_LM" if task == "SEQ_2_SEQ_LM" and decoder else task
 
 
 def _target_names(adapter: Adapter) -> list[str] | str:
@@ -223,9 +225,34 @@ def load(model: nn.Module, path: str | Path, *, name: str = "default") -> Adapte
     adapter = Adapter(model, name, method, _placement(config, own, folder), provenance)
     parts, rest = _sorted_tensors(method, tensors, folder)
     deltas = _deltas(adapter, parts, str(config["peft_type"]), folder)
+    _refuse_partial(model, config, deltas, folder)
     copies = _copies(model, rest, bool(own.get("tied", config.get("ensure_weight_tying"))), folder)
     install(adapter, deltas, copies, None, _whole_modules(model, config, copies))
     return adapter
+
+
+def _refuse_partial(model: nn.Module, config: Mapping[str, Any], found: Mapping[str, Any], folder: Path) -> None:
+    """FormatError when the configuration names a module of this model for which the file holds nothing."""
+    targets, excluded = (_named(config.get(key)) for key in ("target_modules", "exclude_modules"))
+    if config.get("layers_to_transform") is not None:
+        return  # the file says which layers
+    sites, _ = adaptable(model)
+    whole = tuple(f".{name}" for name in config.get("modules_to_save") or ())
+    for path in sites:
+        saved_whole = any(f".{path}.".find(f"{name}.") >= 0 for name in whole)
+        if path not in found and targets(path) and not excluded(path) and not saved_whole:
+            raise FormatError(
+                f"{folder} does not fit this model: it adapts modules such as '{next(iter(found), 'none')}', but holds "
+                f"nothing for '{path}': it is of a smaller model, or parts of it are missing"
+            )
+
+
+def _named(names: str | Sequence[str] | None) -> Callable[[str], bool]:
+    """PEFT's rule for module names: an expression for the whole path, or names that paths end with."""
+    if isinstance(names, str):
+        return re.compile(names).fullmatch if names != "all-linear" else lambda path: False  # type: ignore[return-value]
+    ends = tuple(f".{name}" for name in names or ())
+    return lambda path: f".{path}".endswith(ends) if ends else False
 
 
 def _own_record(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -250,13 +277,15 @@ def _method(config: Mapping[str, Any], own: Mapping[str, Any], folder: Path) -> 
     if own:
         options = dict(own["method"])
         return make_method(str(options.pop("name", "")), **options)
-    for known in METHODS:
-        cls = method_class(known)
-        if cls.peft_type == kind:
+    refusals = []
+    for cls in map(method_class, METHODS):
+        if cls.peft_type == kind:  # several methods may share a type of PEFT's
             try:
                 return cls.from_peft(config)
             except UsageError as error:
-                raise UsageError(f"{folder}: {error}") from error
+                refusals.append(error)
+    if refusals:
+        raise UsageError(f"{folder}: {refusals[0]}") from refusals[0]
     if str(kind).startswith(OWN_TYPE):
         raise FormatError(f"{folder} lacks {OWN}, without which a '{kind}' adapter cannot be read")
     raise UsageError(f"{folder} is a PEFT '{kind}' adapter, which trimtab does not have")

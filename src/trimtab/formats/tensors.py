@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from trimtab.errors import FormatError, UsageError
+from trimtab.files import disk_errors
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -30,16 +30,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file. A full disk and the like are raised as the OSError they are."""
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    try:
+    with disk_errors(path):
         save_file(dict(tensors), path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), str(error), str(path)) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

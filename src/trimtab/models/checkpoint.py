@@ -71,12 +71,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     return _read_json(folder / "config.json")
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that memory ran out: Python's, the processor's or the accelerator's."""
-    words = ("can't allocate memory", "not enough memory", "out of memory")
-    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
-
-
 def _read_json(file: Path, key: str | None = None) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trimtab.errors import FormatError, OutOfMemory, TrimtabError, UsageError
-from trimtab.models.checkpoint import check_folder, out_of_memory
+from trimtab.errors import FormatError, OutOfMemory, TrimtabError, UsageError, ran_out_of_memory
+from trimtab.models.checkpoint import check_folder
 
 # Part of each folder's name: raised when what is written changes, so that older folders are not taken for new ones.
 LAYOUT = 1
@@ -101,7 +101,7 @@ def _convert(gguf: Path, folder: Path, progress: Callable[[str], None]) -> None:
 def _write(gguf: Path, folder: Path) -> None:
     from safetensors import SafetensorError
 
-    from trimtab.models.quiet import quiet
+    from trimtab.quiet import quiet
 
     model, tokenizer = _read_gguf(gguf)
     try:
@@ -126,7 +126,7 @@ def _read_gguf(gguf: Path) -> tuple[Any, Any]:
     import torch
     import transformers
 
-    from trimtab.models.quiet import quiet
+    from trimtab.quiet import quiet
 
     # A 4- or 8-bit block is scale × integer + offset with 16-bit scale and offset. The result needs more bits than
     # fp16 or bf16 have (rounding would change 42% and 79% of SmolLM2's weights), so fp32 is what loses nothing.
@@ -141,7 +141,7 @@ def _read_gguf(gguf: Path) -> tuple[Any, Any]:
             model = transformers.AutoModelForCausalLM.from_pretrained(str(source.parent), **common, **weights)
             tokenizer = transformers.AutoTokenizer.from_pretrained(str(source.parent), **common)
     except Exception as error:  # the reader raises whatever its parsing meets
-        if out_of_memory(error):
+        if ran_out_of_memory(error):
             raise OutOfMemory(f"not enough memory to convert {gguf}: it takes about 8 bytes a parameter") from error
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise FormatError(f"{gguf} cannot be converted (truncated, or a kind not known here): {reason}") from error

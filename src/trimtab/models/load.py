@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from trimtab.errors import FormatError, OutOfMemory, TrimtabError, UsageError, did_you_mean
-from trimtab.models.checkpoint import check_folder, out_of_memory, read_config
+from trimtab.errors import FormatError, OutOfMemory, TrimtabError, UsageError, did_you_mean, ran_out_of_memory
+from trimtab.models.checkpoint import check_folder, read_config
 from trimtab.models.convert import check_gguf, safetensors_folder
 from trimtab.models.embedded import EMBEDDED
 
@@ -102,7 +102,7 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
         return None
     from transformers import AutoTokenizer
 
-    from trimtab.models.quiet import quiet
+    from trimtab.quiet import quiet
 
     try:
         with quiet():
@@ -144,7 +144,7 @@ def _fetch(name: str, trust_remote_code: bool) -> Path:
 def _model(name: str, path: Path, dtype: torch.dtype | None, kind: Kind, trust_remote_code: bool) -> Any:
     import transformers
 
-    from trimtab.models.quiet import quiet
+    from trimtab.quiet import quiet
 
     loaders = {
         "causal-lm": transformers.AutoModelForCausalLM,
@@ -195,7 +195,7 @@ def _check_keys(path: Path, kind: Kind, found: dict[str, Any]) -> None:
 
 def _explained(error: Exception, what: str) -> TrimtabError:
     reason = " ".join(str(error).split()) or type(error).__name__
-    if out_of_memory(error):
+    if ran_out_of_memory(error):
         return OutOfMemory(f"{what}: not enough memory; lower the dtype to bfloat16, or take a smaller model")
     if "trust_remote_code" in reason:
         return UsageError(
@@ -221,6 +221,6 @@ def _move(model: Any, device: str) -> None:
     try:
         model.to(device)
     except (RuntimeError, AssertionError) as error:
-        if out_of_memory(error):
+        if ran_out_of_memory(error):
             raise OutOfMemory(f"not enough memory on {device}; lower the dtype to bfloat16") from error
         raise UsageError(f"device '{device}' cannot be used: {' '.join(str(error).split())[:200]}") from error

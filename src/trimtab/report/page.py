@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.resources
 import math
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trimtab.deltas import METHODS, method_spec
 from trimtab.errors import UsageError
+from trimtab.files import write_whole
 from trimtab.report import plots, wording
 from trimtab.report.run_folder import METRIC_KEYS, RunFolder, read_run
 from trimtab.report.wording import PERCENT, Measure, count, duration, mebibytes, number, percent, plain, ratio_percent
@@ -43,21 +44,10 @@ def write_report(run: Path, *, out: Path | None = None) -> Path:
     """
     target = Path(run) / "report.html" if out is None else Path(out)
     page = render(read_run(Path(run)))
-    _replace(target, page)
-    return target
-
-
-def _replace(target: Path, page: str) -> None:
     if target.is_dir():
         raise UsageError(f"cannot write the report to {target}: it is a folder; name a file, such as report.html")
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, target)
-    except OSError as error:
-        raise UsageError(f"cannot write the report to {target}: {error.strerror}; choose another place") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(target, page)
+    return target
 
 
 def render(run: RunFolder) -> str:
@@ -113,11 +103,11 @@ def _method(run: RunFolder) -> tuple[str, Any]:
 
 def _title(run: RunFolder) -> str:
     name, rank = _method(run)
-    shown = {"lora": "LoRA", "full": "Full fine-tuning"}.get(name.lower(), name)
+    shown = method_spec(name).title if name in METHODS else name
     model = str((run.result or {}).get("model", run.config.get("model", "an unnamed model")))
     # The last part of a path or hub id is the name people know; the rest is in the configuration.
     model = model.rstrip("/").rsplit("/", 1)[-1]
-    return f"{shown}, rank {rank}, on {model}" if rank is not None and name.lower() != "full" else f"{shown} on {model}"
+    return f"{shown}, rank {rank}, on {model}" if rank is not None else f"{shown} on {model}"
 
 
 def _summary(run: RunFolder) -> str:

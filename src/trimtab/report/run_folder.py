@@ -54,13 +54,15 @@ def read_run(path: Path) -> RunFolder:
         what = "is a file" if path.exists() else "does not exist"
         raise UsageError(f"{path} {what}, but must be a run folder (what `trimtab train --out` writes)")
     config = path / "config.yaml"
-    if not config.is_file():
-        raise UsageError(f"{path} has no config.yaml, so it is not a run folder (what `trimtab train --out` writes)")
+    if not any((path / name).is_file() for name in ("config.yaml", "metrics.jsonl", "result.json")):
+        raise UsageError(f"{path} has no config.yaml and no metrics.jsonl, so it is not a run folder")
+    values: dict[str, Any] = {}
+    if config.is_file():
+        try:
+            values = read_yaml(str(config))
+        except UsageError as error:
+            raise FormatError(str(error)) from error
     config_text = _read_text(config) or ""
-    try:
-        values = read_yaml(str(config))
-    except UsageError as error:
-        raise FormatError(str(error)) from error
     result = _read_json(path / "result.json")
     if result is not None:
         _check_object(result, str(path / "result.json"))

@@ -8,18 +8,15 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from trimtab.adapt.module import modes_kept
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Within: evaluation mode, no gradients. After: every module's own training mode is as before."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with modes_kept(model), torch.no_grad():
+        model.eval()
+        yield
 
 
 def device_of(model: nn.Module) -> torch.device:

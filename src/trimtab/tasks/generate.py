@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from trimtab.errors import UsageError
-from trimtab.models.quiet import quiet
+from trimtab.quiet import quiet
 from trimtab.tasks.evaluating import device_of, evaluating
 
 Turn = Mapping[str, str]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import shutil
 from array import array
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,8 @@ from trimtab.files import whole_folder
 from trimtab.formats.tensors import read_json, read_tensors, write_tensors
 from trimtab.options import to_mapping
 from trimtab.train.settings import Settings
+
+log = logging.getLogger("trimtab")
 
 TENSORS, FIGURES = "state.safetensors", "state.json"
 
@@ -141,8 +144,12 @@ def load_checkpoint(path: Path, adapter: Adapter, optimizer: Optimizer, identity
     adapter.load_state_dict({k[8:]: t for k, t in tensors.items() if k.startswith("adapter.")})
     _load_optimizer(optimizer, tensors)
     torch.set_rng_state(tensors["random.cpu"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([t for k, t in sorted(tensors.items()) if k.startswith("random.cuda.")])
+    saved = [tensors[f"random.cuda.{i}"] for i in range(sum(key.startswith("random.cuda.") for key in tensors))]
+    here = torch.cuda.device_count()
+    if len(saved) != here:
+        log.warning("the run had %d GPUs and there are %d here: it goes on, but not bit for bit", len(saved), here)
+    for index, state in enumerate(saved[:here]):
+        torch.cuda.set_rng_state(state, index)
     return progress
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from trimtab.adapt.adapter import Adapter
+from trimtab.adapt.module import modes_kept
 from trimtab.deltas.layout import original_class
-from trimtab.errors import OutOfMemory, TrainingError, UsageError
-from trimtab.train.loss import modes_kept
+from trimtab.errors import OutOfMemory, TrainingError, UsageError, ran_out_of_memory
 from trimtab.train.settings import Settings
 
 
@@ -51,8 +51,8 @@ def memory_advice(settings: Settings) -> Iterator[None]:
     """OutOfMemory, with what to lower, for whatever torch and Python raise when memory runs out."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out_of_memory(error):
             raise
         size = settings.micro_batch or settings.batch_size
         advice = f"micro_batch (now {size}), " if size > 1 else ""

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from trimtab.adapt.adapter import Adapter
+from trimtab.adapt.adapter import Adapter, state_of
 from trimtab.data.encode import Example
 from trimtab.errors import UsageError, problems_to_error
 from trimtab.train.checkpoint import (
@@ -113,13 +112,14 @@ def fit(
     examples: token sequences that say which tokens are targets (`trimtab.data.encode`). out: a run folder for
     metrics.jsonl, checkpoints/ and adapter/; None writes nothing. resume: go on from the newest checkpoint in `out`,
     bit for bit as if never stopped. loss(model, batch): the sum over supervised tokens, in training and evaluation.
-    Raises UsageError for settings, examples or a model that do not go together, and TrainingError when a loss is not
-    finite or memory runs out; the last good adapter is kept. A first Ctrl-C ends the step and writes a checkpoint.
+    Raises UsageError for settings, examples, an adapter or a model that do not go together, OutOfMemory, and
+    TrainingError when a loss is not finite; the last good adapter is then kept. A first Ctrl-C ends the step and writes
+    a checkpoint.
     """
     settings = settings or Settings()
     model, device = adapter.model, next(adapter.model.parameters()).device
     out = Path(out) if out is not None else None
-    _refuse(model, settings, eval_examples, out, resume, loss)
+    _refuse(adapter, settings, eval_examples, out, resume, loss)
     plan = Plan.of(examples, settings, adapter.method.default_lr)
     evaluation = eval_batches(eval_examples, settings, pad_id)
     parameters, optimizer = adapter.parameters(), _optimizer(adapter, plan.base_lr, settings)
@@ -146,7 +146,7 @@ def fit(
                 good.keep(step - 1)
 
                 for group in optimizer.param_groups:
-                    group["lr"] = lr * group.get("lr_scale", 1.0)
+                    group["lr"] = lr
                 optimizer.step()
                 optimizer.zero_grad()
                 adapter.after_step(step)
@@ -195,7 +195,7 @@ class Clock:
 
 
 def _refuse(
-    model: nn.Module,
+    adapter: Adapter,
     settings: Settings,
     eval_examples: Sequence[Example],
     out: Path | None,
@@ -204,19 +204,26 @@ def _refuse(
 ) -> None:
     """UsageError for what would otherwise be ignored, overwritten or wrong."""
     problems = []
+    merged = state_of(adapter.model).merged
+    if merged is not None:
+        problems.append(f"adapter '{merged.names[0]}' is merged into the weights: unmerge it first")
+    elif not adapter.enabled:
+        problems.append(f"adapter '{adapter.name}' is not enabled, so nothing would be learned: enable it first")
+    if any(p.dtype == torch.float16 for p in adapter.parameters()):
+        problems.append("float16 parameters overflow in training: attach the adapter in float32 or bfloat16")
     for name in ("eval_every", "keep_best"):
         if getattr(settings, name) and not eval_examples:
             problems.append(f"{name} needs evaluation data: give eval_examples (--eval-data)")
     for name, wanted in (("keep_best", settings.keep_best), ("save_every", settings.save_every), ("resume", resume)):
         if wanted and out is None:
             problems.append(f"{name} needs the run folder: give out")
-    if out is not None and not resume and checkpoints(out / "checkpoints"):
-        problems.append(f"{out} holds the checkpoints of another run: resume it, or choose another folder")
+    if out is not None and not resume and any((out / name).exists() for name in ("metrics.jsonl", "adapter")):
+        problems.append(f"{out} holds another run: resume it, or choose another folder")
     problems_to_error(problems, "training")
     if loss is causal_loss:
-        refuse_not_causal(model)
+        refuse_not_causal(adapter.model)
         if settings.packing == "pack":
-            refuse_leaky_packing(model)
+            refuse_leaky_packing(adapter.model)
 
 
 def _optimizer(adapter: Adapter, lr: float, settings: Settings) -> torch.optim.Optimizer:

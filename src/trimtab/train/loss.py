@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trimtab.adapt.module import mode_of, set_mode
+from trimtab.adapt.module import modes_kept
 from trimtab.data.batch import Batch, pack
 from trimtab.data.encode import Example
 from trimtab.deltas.layout import original_class
@@ -47,19 +46,8 @@ def mean_loss(model: nn.Module, batches: Sequence[Batch], loss: Loss = causal_lo
     device = next(model.parameters()).device
     with modes_kept(model):
         model.eval()
-        total = sum(loss(model, batch.to(device)).double().item() for batch in batches)
+        total = sum(loss(model, batch.to(device)).item() for batch in batches)
     return total / sum(batch.supervised_tokens for batch in batches)
-
-
-@contextmanager
-def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Every module's own training or evaluation mode comes back afterwards."""
-    modes = [(module, mode_of(module)) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            set_mode(module, training)
 
 
 def refuse_not_causal(model: nn.Module) -> None:
@@ -84,7 +72,7 @@ def refuse_leaky_packing(model: nn.Module) -> None:
             examples = [Example(ids, [True] * 4, 1, 0, False) for ids in (first, [5, 3, 6, 2])]
             batch = pack(examples, 0).to(device)
             logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
-            outputs.append(logits[:, len(first) :].double())
+            outputs.append(logits[:, len(first) :].float())
     if (outputs[0] - outputs[1]).abs().max() > LEAK * outputs[0].abs().max():
         raise UsageError(
             f"{original_class(model).__name__} cannot tell packed examples apart, so that each would see the one "

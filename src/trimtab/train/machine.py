@@ -34,8 +34,14 @@ def choose(threads: int | None = None, dtype: str = "auto") -> Choice:
     if threads is not None and threads < 1:
         raise UsageError(f"threads is {threads}, but must be at least 1")
     if torch.cuda.is_available():
-        return Choice(torch.get_num_threads(), _dtype(dtype, torch.bfloat16), "a GPU computes bf16 quickly")
-    tried = {threads} if threads is not None else {1, len(os.sched_getaffinity(0))}
+        if threads is not None:
+            torch.set_num_threads(threads)
+        quick = torch.cuda.is_bf16_supported(including_emulation=False)
+        auto = torch.bfloat16 if quick else torch.float32
+        return Choice(
+            torch.get_num_threads(), _dtype(dtype, auto), f"this GPU computes bf16 {'' if quick else 'not '}itself"
+        )
+    tried = {threads} if threads is not None else {1, _cores()}
     speeds = {count: _speed(count, torch.float32) for count in sorted(tried)}
     best = max(speeds, key=lambda count: speeds[count])
     bf16 = _speed(best, torch.bfloat16) if dtype == "auto" else 0.0
@@ -44,6 +50,12 @@ def choose(threads: int | None = None, dtype: str = "auto") -> Choice:
     told = ", ".join(f"{count} thread{'s' * (count > 1)} {speed:.0f}" for count, speed in speeds.items())
     reason = f"fp32 GFLOP/s: {told}" + (f"; bf16 {bf16:.0f}" if dtype == "auto" else "")
     return Choice(best, _dtype(dtype, fast), reason)
+
+
+def _cores() -> int:
+    """The cores this process may use; not every system tells them apart from those there are."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed is not None else os.cpu_count() or 1
 
 
 def _dtype(name: str, auto: torch.dtype) -> torch.dtype:

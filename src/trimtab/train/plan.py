@@ -21,6 +21,7 @@ class Plan:
     base_lr: float
     steps_per_epoch: int
     steps: int
+    _order: dict[int, list[list[int]]] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @staticmethod
     def of(examples: Sequence[Example], settings: Settings, default_lr: float) -> Plan:
@@ -41,7 +42,10 @@ class Plan:
         return self._epoch(epoch)[place]
 
     def _epoch(self, epoch: int) -> list[list[int]]:
-        return batches(self.lengths, self.settings.batch_size, seed=self.settings.seed, epoch=epoch)
+        if epoch not in self._order:  # one epoch is kept: shuffling anew at each step would take longer than the step
+            self._order.clear()
+            self._order[epoch] = batches(self.lengths, self.settings.batch_size, seed=self.settings.seed, epoch=epoch)
+        return self._order[epoch]
 
     def evaluates(self, step: int) -> bool:
         """Whether the evaluation data is looked at after this step."""

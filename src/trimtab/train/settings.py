@@ -28,7 +28,7 @@ class Settings:
     batch_size: int = option(8, "examples to one optimizer step")
     micro_batch: int | None = option(None, "examples to one forward pass; less memory, the same result")
     packing: Literal["pad", "pack"] = option("pad", "pad the examples of a batch, or pack them into one row")
-    lr: float | None = option(None, "learning rate; by default 2e-4, for full fine-tuning 2e-5")
+    lr: float | None = option(None, "learning rate; by default the method's own, 2e-4 for LoRA")
     schedule: Literal["constant", "linear", "cosine"] = option("constant", "how the learning rate falls after warm-up")
     warm_up: float = option(0.0, "share of the steps in which the learning rate rises from 0")
     weight_decay: float = option(0.0, "AdamW's decay of the adapter's parameters")
