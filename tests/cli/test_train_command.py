@@ -33,7 +33,7 @@ def test_a_run_folder_holds_what_it_should(train, tmp_path):
     assert not [name for name in found if "partial" in name]
     assert "16 rows, prompt-completion layout" in done.out
     assert re.search(r"trained in [\d.]+ s, [\d]+ tokens/s, loss [\d.]+ nats per token", done.out)
-    assert f"next: trimtab report {tmp_path / 'run'}" in done.out
+    assert f"report {tmp_path / 'run'}" in done.out
 
 
 def test_json_is_one_object_with_the_figures_and_the_rest_is_told_elsewhere(train, tmp_path, data):

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trimtab.errors import UsageError
+from trimtab.files import StorageError
 from trimtab.report.page import _share, render, write_report
 from trimtab.report.run_folder import read_run
 from trimtab.report.wording import visible
@@ -239,11 +240,12 @@ def test_an_earlier_report_stays_whole_when_the_run_is_broken(run: Path) -> None
 
 
 def test_a_place_that_cannot_be_written_is_refused_and_nothing_is_left_behind(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cannot write the report"):
-        write_report(run, out=tmp_path / "absent" / "report.html")
-    with pytest.raises(UsageError, match="is a folder"):
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    with pytest.raises(StorageError, match=r"cannot write .*report\.html"):
+        write_report(run, out=tmp_path / "file" / "report.html")
+    with pytest.raises(UsageError, match="it is a folder"):
         write_report(run, out=tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo"]
+    assert {path.name for path in tmp_path.iterdir()} == {run.name, "file"}
 
 
 def test_writing_leaves_one_file_that_others_may_read(run: Path, tmp_path: Path) -> None:

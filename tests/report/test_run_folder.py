@@ -104,3 +104,13 @@ def test_the_audit_comes_before_layers_json(run: Path) -> None:
     assert "other" not in read_run(run).relative_changes()
     (run / "audit.json").unlink()
     assert read_run(run).relative_changes() == {"other": 9.0}
+
+
+def test_a_run_of_the_library_has_no_config_and_a_page_all_the_same(run: Path) -> None:
+    (run / "config.yaml").unlink()
+    assert "The run has no config.yaml" in write_report(run).read_text(encoding="utf-8")
+
+
+def test_a_folder_with_nothing_of_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is not a run folder"):
+        write_report(tmp_path)

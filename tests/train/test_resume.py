@@ -100,7 +100,7 @@ def test_a_new_run_does_not_mix_with_an_older_ones_checkpoints(run, stopped, tmp
     with pytest.raises(stopped):
         run(tmp_path, stop=5, **SETTINGS)
     before = sorted(path.name for path in tmp_path.rglob("*"))
-    with pytest.raises(UsageError, match="checkpoints of another run: resume it, or choose another folder"):
+    with pytest.raises(UsageError, match="holds another run: resume it, or choose another folder"):
         run(tmp_path, **SETTINGS)
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
 

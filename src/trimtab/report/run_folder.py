@@ -57,12 +57,12 @@ def read_run(path: Path) -> RunFolder:
     if not any((path / name).is_file() for name in ("config.yaml", "metrics.jsonl", "result.json")):
         raise UsageError(f"{path} has no config.yaml and no metrics.jsonl, so it is not a run folder")
     values: dict[str, Any] = {}
+    config_text = _read_text(config) or ""
     if config.is_file():
         try:
             values = read_yaml(str(config))
         except UsageError as error:
             raise FormatError(str(error)) from error
-    config_text = _read_text(config) or ""
     result = _read_json(path / "result.json")
     if result is not None:
         _check_object(result, str(path / "result.json"))
