@@ -261,3 +261,26 @@ def test_what_was_logged_before_an_error_is_closed_and_whole(run, stopped, tmp_p
     assert closed == [True]
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
     assert checkpoints(tmp_path / "checkpoints") == []
+
+
+def test_training_an_adapter_that_is_not_enabled_is_refused(examples):
+    model = make_llama()
+    first = trimtab.attach(model, trimtab.LoRA(rank=2), name="first")
+    trimtab.attach(model, trimtab.LoRA(rank=2), name="second")
+    with pytest.raises(UsageError, match="'first' is not enabled"):
+        trimtab.fit(first, examples, Settings(max_steps=1))
+
+
+def test_training_while_an_adapter_is_merged_is_refused(examples):
+    adapter = trimtab.attach(make_llama(), trimtab.LoRA(rank=2))
+    with torch.no_grad():
+        adapter.parameters()[1].add_(1.0)
+    trimtab.merge(adapter)
+    with pytest.raises(UsageError, match="is merged into the weights"):
+        trimtab.fit(adapter, examples, Settings(max_steps=1))
+
+
+def test_float16_parameters_are_refused_for_training(examples):
+    adapter = trimtab.attach(make_llama(), trimtab.LoRA(rank=2), dtype=torch.float16)
+    with pytest.raises(UsageError, match="float16 parameters overflow"):
+        trimtab.fit(adapter, examples, Settings(max_steps=1))

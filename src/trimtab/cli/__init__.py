@@ -33,8 +33,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(argv: list[str]) -> int:
     """Run one command and return its exit code. Errors are one line, a traceback only with --debug."""
-    # Threads that spin while they wait slow each other down on shared cores; read when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # A thread that waits spins for a moment and then sleeps: spinning on slows the others down on shared cores, and
+    # sleeping at once costs more than the short pauses between operations. Read when torch loads its OpenMP library.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     try:
         code = _run(argv)
         sys.stdout.flush()  # so that a closed pipe is met here and not at the very end

@@ -109,7 +109,7 @@ def _recipe(flags: DemoFlags, task: NamingTask, folder: Path, system: bool) -> R
         "trust_remote_code": flags.trust_remote_code,
         "data": str(folder / "data" / "train.jsonl"),
         "eval_data": str(folder / "data" / "evaluation.jsonl"),
-        "eval_every": max(1, math.ceil(flags.functions / 8) // 4),
+        "eval_every": max(1, math.ceil(flags.functions / 8) // 2),
         "max_length": MAX_LENGTH,
         "method": "lora",
         "rank": flags.rank,
@@ -117,7 +117,7 @@ def _recipe(flags: DemoFlags, task: NamingTask, folder: Path, system: bool) -> R
         "lr": flags.lr,
         "schedule": "linear",
         "batch_size": min(8, flags.functions),
-        "micro_batch": min(2, flags.functions),
+        "micro_batch": min(4, flags.functions),
         "seed": flags.seed,
         "out": str(folder),
     }

@@ -41,7 +41,7 @@ class PlaceFlags:
     bias: Literal["none", "all", "adapter-only"] = option("none", "biases to train besides")
     extra_modules: tuple[str, ...] = option((), "modules to train whole besides, saved with the adapter")
     slices: Mapping[str, str] = option(factory=dict, help="parts of a fused projection, e.g. c_attn=1,0,1 for q and v")
-    adapter_dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "dtype of the adapter's parameters")
+    adapter_dtype: Literal["float32", "bfloat16"] = option("float32", "dtype of the adapter's parameters")
 
     def parts(self) -> dict[str, tuple[bool, ...]]:
         """`slices` as flags, one for each equal part. UsageError when they are not 0 and 1."""
