@@ -117,7 +117,7 @@ def _recipe(flags: DemoFlags, task: NamingTask, folder: Path, system: bool) -> R
         "lr": flags.lr,
         "schedule": "linear",
         "batch_size": min(8, flags.functions),
-        "micro_batch": min(4, flags.functions),
+        "micro_batch": min(3, flags.functions),
         "seed": flags.seed,
         "out": str(folder),
     }
