@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -106,6 +107,8 @@ def process():
 
     def start(*arguments, **options):
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+        # Tests may run where Ctrl-C is ignored (behind nohup, say), which a child would inherit.
+        options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
         command = [sys.executable, "-m", "trimtab", *map(str, arguments)]
         started.append(subprocess.Popen(command, env=environment(), **options))
         return started[-1]
