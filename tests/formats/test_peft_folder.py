@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
     return adapter.save(tmp_path / "adapter")
 
 
-def refused(folder: Path, message: str, model: Any = None, error: type[TrimtabError] = UsageError) -> None:
+def check_refused(folder: Path, message: str, model: Any = None, error: type[TrimtabError] = UsageError) -> None:
     model = reader() if model is None else model
     before = snapshot(model)
     with pytest.raises(error, match=message) as raised:
@@ -48,20 +48,20 @@ def refused(folder: Path, message: str, model: Any = None, error: type[TrimtabEr
 def test_a_truncated_tensor_file_is_refused(share: float, folder: Path) -> None:
     whole = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(whole[: int(share * len(whole))])
-    refused(folder, "is not a whole safetensors file.*truncated or of another format", error=FormatError)
+    check_refused(folder, "is not a whole safetensors file.*truncated or of another format", error=FormatError)
 
 
 @pytest.mark.parametrize("content", [b"hello", b"\x80\x04pickle", b"\0" * 64, b"PK\x03\x04" + b"\0" * 60])
 def test_a_file_of_another_format_is_refused(content: bytes, folder: Path) -> None:
     (folder / WEIGHTS).write_bytes(content)
-    refused(folder, "is not a whole safetensors file", error=FormatError)
+    check_refused(folder, "is not a whole safetensors file", error=FormatError)
 
 
 def test_tensors_of_something_else_are_refused_by_name(folder: Path) -> None:
     save_file({"model.layers.0.weight": torch.ones(2)}, folder / WEIGHTS)
-    refused(folder, "has a foreign tensor 'model.layers.0.weight'", error=FormatError)
+    check_refused(folder, "has a foreign tensor 'model.layers.0.weight'", error=FormatError)
     save_file({}, folder / WEIGHTS)
-    refused(folder, "holds no tensors", error=FormatError)
+    check_refused(folder, "holds no tensors", error=FormatError)
 
 
 def test_a_folder_with_pickled_weights_alone_is_refused_without_unpickling(folder: Path) -> None:
@@ -71,19 +71,19 @@ def test_a_folder_with_pickled_weights_alone_is_refused_without_unpickling(folde
 
     (folder / WEIGHTS).unlink()
     torch.save(Trap(), folder / "adapter_model.bin")
-    refused(folder, r"holds only pickled weights \(.bin\), which are not loaded")
+    check_refused(folder, r"holds only pickled weights \(.bin\), which are not loaded")
     assert not (folder / "unpickled").exists()
 
 
 @pytest.mark.parametrize("missing", [CONFIG, WEIGHTS])
 def test_a_missing_file_is_named(missing: str, folder: Path) -> None:
     (folder / missing).unlink()
-    refused(folder, f"{missing} does not exist")
+    check_refused(folder, f"{missing} does not exist")
 
 
 def test_a_path_that_is_no_folder_is_refused(folder: Path) -> None:
-    refused(folder / "nowhere", "is not a folder: give the one that holds adapter_config.json")
-    refused(folder / WEIGHTS, "is not a folder")
+    check_refused(folder / "nowhere", "is not a folder: give the one that holds adapter_config.json")
+    check_refused(folder / WEIGHTS, "is not a folder")
 
 
 @pytest.mark.parametrize(
@@ -105,61 +105,61 @@ def test_a_path_that_is_no_folder_is_refused(folder: Path) -> None:
 def test_a_broken_configuration_is_refused_with_the_reason(text: str, message: str, folder: Path) -> None:
     (folder / OWN).unlink()
     (folder / CONFIG).write_text(text)
-    refused(folder, message)
+    check_refused(folder, message)
 
 
 def test_a_configuration_in_another_encoding_is_refused(folder: Path) -> None:
     (folder / CONFIG).write_bytes('{"peft_type": "LÖRA"}'.encode("latin-1"))
-    refused(folder, "cannot be read", error=FormatError)
+    check_refused(folder, "cannot be read", error=FormatError)
 
 
 @pytest.mark.parametrize("text", ["{}", '{"method": {}}', '{"method": 3, "placement": {}, "provenance": {}}'])
 def test_a_broken_record_of_ours_is_refused(text: str, folder: Path) -> None:
     (folder / OWN).write_text(text)
-    refused(folder, "trimtab.json is broken: it must hold method, placement and provenance", error=FormatError)
+    check_refused(folder, "trimtab.json is broken: it must hold method, placement and provenance", error=FormatError)
 
 
 def test_unknown_keys_in_our_record_are_refused_by_name(folder: Path) -> None:
     own = json.loads((folder / OWN).read_text())
     own["method"]["ranc"] = 3
     (folder / OWN).write_text(json.dumps(own))
-    refused(folder, "unknown key 'ranc'; did you mean rank")
+    check_refused(folder, "unknown key 'ranc'; did you mean rank")
     own["method"].pop("ranc")
     own["placement"]["target"] = []
     (folder / OWN).write_text(json.dumps(own))
-    refused(folder, "unknown key 'target'; did you mean targets")
+    check_refused(folder, "unknown key 'target'; did you mean targets")
     own["placement"].pop("target")
     own["method"]["name"] = "lorra"
     (folder / OWN).write_text(json.dumps(own))
-    refused(folder, "unknown method 'lorra'; did you mean lora")
+    check_refused(folder, "unknown method 'lorra'; did you mean lora")
 
 
 def test_an_adapter_of_a_type_of_ours_needs_its_record_as_it_was(tmp_path: Path) -> None:
     folder = stir(trimtab.attach(reader(), Full())).save(tmp_path / "a")
     config = (folder / CONFIG).read_text()
     (folder / CONFIG).write_text(config.replace('"bias": "none"', '"bias": "all"'))
-    refused(folder, "was changed after it was saved", error=FormatError)
+    check_refused(folder, "was changed after it was saved", error=FormatError)
     (folder / CONFIG).write_text(config)
     (folder / OWN).unlink()
-    refused(folder, "lacks trimtab.json", error=FormatError)
+    check_refused(folder, "lacks trimtab.json", error=FormatError)
 
 
 def test_an_adapter_of_another_base_names_the_first_misfit(folder: Path) -> None:
-    refused(folder, "it adapts 'blocks.0.out', which this model does not have", model=seer(), error=FormatError)
+    check_refused(folder, "it adapts 'blocks.0.out', which this model does not have", model=seer(), error=FormatError)
     other = reader()
     other.blocks[1].qkv = nn.Linear(8, 21)
-    refused(
+    check_refused(
         folder, r"does not fit this model at blocks.1.qkv: 'B' is \[24, 2\] in the file, but \[21, 2\]", model=other
     )
     other = reader()
     other.head = nn.Linear(8, 5)
-    refused(folder, r"'head.bias' is \[3\] in the file, but \[5\] here", model=other)
+    check_refused(folder, r"'head.bias' is \[3\] in the file, but \[5\] here", model=other)
     other = reader()
     other.norm = nn.LayerNorm(8, bias=False)
-    refused(folder, "it holds 'norm.bias', which the model has not", model=other)
+    check_refused(folder, "it holds 'norm.bias', which the model has not", model=other)
     other = reader()
     other.blocks[0].out = nn.Identity()
-    refused(folder, "adapts 'blocks.0.out', which this model does not have", model=other)
+    check_refused(folder, "adapts 'blocks.0.out', which this model does not have", model=other)
 
 
 def test_an_adapter_of_another_depth_is_refused(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_an_adapter_of_another_depth_is_refused(tmp_path: Path) -> None:
     folder = stir(trimtab.attach(built("llama"), SMALL)).save(tmp_path / "a")
     config = built("llama").config
     config.num_hidden_layers = 1
-    refused(folder, "adapts 'model.layers.1.mlp.down_proj'", model=t.LlamaForCausalLM(config))
+    check_refused(folder, "adapts 'model.layers.1.mlp.down_proj'", model=t.LlamaForCausalLM(config))
 
 
 @pytest.mark.parametrize("drop", ["lora_A", "lora_B"])
@@ -176,7 +176,7 @@ def test_half_a_pair_is_refused(drop: str, folder: Path) -> None:
     tensors = load_file(folder / WEIGHTS)
     tensors.pop(next(key for key in tensors if drop in key))
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    refused(folder, "but a linear needs one A and one B", error=FormatError)
+    check_refused(folder, "but a linear needs one A and one B", error=FormatError)
 
 
 def test_the_tensors_of_two_adapters_in_one_file_are_refused(folder: Path) -> None:
@@ -184,7 +184,7 @@ def test_the_tensors_of_two_adapters_in_one_file_are_refused(folder: Path) -> No
     twice = {k.replace("lora_A", "lora_A.a").replace("lora_B", "lora_B.a"): t for k, t in tensors.items()}
     twice |= {k.replace("lora_A", "lora_A.b").replace("lora_B", "lora_B.b"): t.clone() for k, t in tensors.items()}
     save_file(twice, folder / WEIGHTS, metadata={"format": "pt"})
-    refused(folder, "needs one A and one B", error=FormatError)
+    check_refused(folder, "needs one A and one B", error=FormatError)
 
 
 def test_a_foreign_tensor_of_a_dense_change_is_refused(tmp_path: Path) -> None:
@@ -192,13 +192,13 @@ def test_a_foreign_tensor_of_a_dense_change_is_refused(tmp_path: Path) -> None:
     tensors = load_file(folder / WEIGHTS)
     tensors["base_model.model.head.full.momentum"] = torch.ones(1)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    refused(folder, "the file has a foreign 'momentum' here")
+    check_refused(folder, "the file has a foreign 'momentum' here")
 
 
 def test_a_rank_that_the_configuration_denies_is_refused(folder: Path) -> None:
     config = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps({**config, "r": 3}))
-    refused(folder, r"'A' is \[2, 8\] in the file, but \[3, 8\] here", error=FormatError)
+    check_refused(folder, r"'A' is \[2, 8\] in the file, but \[3, 8\] here", error=FormatError)
 
 
 def test_loading_under_a_name_in_use_is_refused(folder: Path) -> None:
@@ -220,7 +220,7 @@ def test_a_module_read_by_its_parent_is_refused_when_loaded(tmp_path: Path) -> N
     tensors = load_file(folder / WEIGHTS)
     extra = {"base_model.model.attention.out_proj.bias": torch.ones(8)}
     save_file(tensors | extra, folder / WEIGHTS, metadata={"format": "pt"})
-    refused(folder, "trains attention.out_proj.bias, which is inside a MultiheadAttention", model=Model())
+    check_refused(folder, "trains attention.out_proj.bias, which is inside a MultiheadAttention", model=Model())
 
 
 def test_a_copy_in_another_dtype_is_told(folder: Path, caplog) -> None:
