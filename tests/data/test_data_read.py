@@ -158,7 +158,9 @@ def test_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
         read(write(tmp_path / "a.jsonl", '{"question": "q", "answer": "\\ud83d"}'))
 
 
-@pytest.mark.parametrize("content", [b"", b"  \n\n", b"[]", gzip.compress(b"")])
+@pytest.mark.parametrize(
+    "content", [b"", b"  \n\n", b"[]", gzip.compress(b"")], ids=["nothing", "blank", "no-rows", "gzipped-nothing"]
+)
 def test_an_empty_file_is_refused(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(UsageError, match=r"a\.json is empty"):
         read(write(tmp_path / "a.json", content))
