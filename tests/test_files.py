@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
-from trimtab.errors import UsageError
-from trimtab.files import StorageError, storage_error, whole_folder, write_whole
+from trimtab import files
+from trimtab.errors import FormatError, UsageError
+from trimtab.files import StorageError, read_json, storage_error, whole_folder, write_whole
 
 
 def test_a_folder_appears_only_when_its_block_ends(tmp_path: Path) -> None:
@@ -79,6 +81,72 @@ def test_a_block_that_raises_leaves_nothing(error: type[BaseException], tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_permissions_are_those_of_ordinary_files_and_the_umask_is_left_alone(tmp_path: Path, monkeypatch) -> None:
+    mask = os.umask(0o027)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "umask", lambda mask: pytest.fail("another thread would make a file meanwhile"))
+            with whole_folder(tmp_path / "run") as partial:
+                (partial / "in").mkdir(mode=0o700)
+                (partial / "in" / "private").touch(mode=0o600)
+    finally:
+        os.umask(mask)
+    places = [tmp_path / "run", tmp_path / "run" / "in", tmp_path / "run" / "in" / "private"]
+    assert [oct(place.stat().st_mode & 0o777) for place in places] == ["0o750", "0o750", "0o640"]
+
+
+def killed_save(path: Path, *, within_swap: bool = False) -> None:
+    """A process that saves to `path` and is killed: while it writes, or with the old folder moved out of the way."""
+    child = os.fork()
+    if child == 0:
+        files._exchange = lambda first, second: False
+        if within_swap:
+            rename, calls = os.rename, []
+            os.rename = lambda a, b: (calls.append(a), rename(a, b), os.kill(os.getpid(), signal.SIGKILL))
+        with whole_folder(path, marker="mark") as partial:
+            (partial / "mark").write_text("half")
+            if not within_swap:
+                os.kill(os.getpid(), signal.SIGKILL)
+        os._exit(0)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
+def test_what_a_killed_save_left_is_cleared_by_the_next_to_the_same_place(tmp_path: Path) -> None:
+    killed_save(tmp_path / "run")
+    killed_save(tmp_path / "run.v2")
+    assert len(list(tmp_path.iterdir())) == 2
+    with whole_folder(tmp_path / "run") as partial:
+        (partial / "mark").write_text("whole")
+        with whole_folder(tmp_path / "run") as beside:  # a save that is under way is none that was killed
+            (beside / "mark").write_text("other")
+        assert partial.exists()
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names[1:] == ["run"]
+    assert names[0].startswith(".run.v2.")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
+def test_the_last_whole_folder_is_kept_until_another_stands_in_its_place(tmp_path: Path) -> None:
+    with whole_folder(tmp_path / "run") as partial:
+        (partial / "mark").write_text("first")
+    killed_save(tmp_path / "run", within_swap=True)
+    assert not (tmp_path / "run").exists()
+    (old,) = tmp_path.glob(".run.*.old/run")
+
+    def fail() -> None:
+        with whole_folder(tmp_path / "run"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert (old / "mark").read_text() == "first"
+    for _ in range(2):
+        with whole_folder(tmp_path / "run", marker="mark") as partial:
+            (partial / "mark").write_text("second")
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
 @pytest.mark.parametrize(
     ("number", "message"),
     [
@@ -115,3 +183,23 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch) -> N
         write_whole(path, "lost")
     assert path.read_bytes() == b"\xff"
     assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        (None, UsageError, "a.json does not exist"),
+        (b'{"a": 1,}', FormatError, "a.json is not JSON: .* at line 1, column"),
+        ('{"a": "ü"}'.encode("latin-1"), FormatError, "a.json is not JSON: .*can't decode"),
+        (b"[" * 100_000, FormatError, "a.json is not JSON"),
+        (b"[1]", FormatError, "a.json must hold keys and values, but holds a list"),
+    ],
+    ids=["absent", "comma", "latin-1", "deep", "list"],
+)
+def test_a_broken_json_file_is_named(content: bytes | None, error: type, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(error, match=message):
+        read_json(tmp_path / "a.json")
+    with pytest.raises(UsageError, match=r"cannot read .*: Is a directory"):
+        read_json(tmp_path)

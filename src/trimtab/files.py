@@ -1,18 +1,22 @@
-"""Writing files and folders that are whole or absent, whatever happens meanwhile."""
+"""Writing files and folders that are whole or absent, whatever happens meanwhile; reading JSON that may be neither."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import os
+import platform
 import re
+import secrets
 import shutil
-import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from trimtab.errors import TrimtabError, UsageError
+from trimtab.errors import FormatError, TrimtabError, UsageError
 
 
 class StorageError(TrimtabError, OSError):
@@ -26,7 +30,8 @@ def whole_folder(path: str | Path, *, marker: str | None = None) -> Iterator[Pat
     """A temporary folder that takes the place of `path` when the block ends well, and vanishes otherwise.
 
     An existing folder is replaced only when it is empty or holds the file `marker`. Everything is on the disk
-    before the name changes. Raises StorageError when the disk is full or the place cannot be written.
+    before the name changes. What a killed process left of an earlier try is removed. Raises StorageError when the
+    disk is full or the place cannot be written.
     """
     path = Path(path)
     if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (marker and (path / marker).exists()))):
@@ -34,7 +39,8 @@ def whole_folder(path: str | Path, *, marker: str | None = None) -> Iterator[Pat
     partial: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+        _clear_leftovers(path)
+        partial = _folder_beside(path, "partial")
         yield partial
         _open_to_readers(partial)
         for file in partial.rglob("*"):
@@ -52,12 +58,46 @@ def whole_folder(path: str | Path, *, marker: str | None = None) -> Iterator[Pat
         raise
 
 
+def _folder_beside(path: Path, kind: str) -> Path:
+    """A new hidden folder beside `path`; its name says which process of which machine it belongs to."""
+    folder = path.with_name(f".{path.name}.{_machine()}-{os.getpid()}-{secrets.token_hex(4)}.{kind}")
+    folder.mkdir()
+    return folder
+
+
+def _machine() -> str:
+    return f"{zlib.crc32(platform.node().encode()):08x}"
+
+
+def _clear_leftovers(path: Path) -> None:
+    """Remove the folders that saves of `path` left beside it when they were killed on this machine."""
+    ours = re.compile(rf"\.{re.escape(path.name)}\.{_machine()}-(\d+)-[0-9a-f]{{8}}\.(partial|old)")
+    for folder in path.parent.iterdir():
+        found = ours.fullmatch(folder.name)
+        # While `path` is absent, what was moved out of its place is the last whole one.
+        if found and not _alive(int(found[1])) and (found[2] == "partial" or path.exists()):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    """Whether a process may still be there; always so on Windows, where asking would end it."""
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
 def _open_to_readers(folder: Path) -> None:
-    """Give what temporary-file functions made private the permissions that ordinary files would have here."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for path in (folder, *folder.rglob("*")):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+    """Give the files within, which some writers make private, the permissions that ordinary files have here."""
+    # The system made the folder as the user's umask has it, and reading the umask itself would change it meanwhile.
+    mode = folder.stat().st_mode & 0o777
+    for path in folder.rglob("*"):
+        path.chmod(mode if path.is_dir() else mode & 0o666)
 
 
 def _swap(new: Path, path: Path) -> None:
@@ -68,7 +108,7 @@ def _swap(new: Path, path: Path) -> None:
     if _exchange(new, path):
         shutil.rmtree(new, ignore_errors=True)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+    old = _folder_beside(path, "old")
     os.rename(path, old / path.name)
     try:
         os.rename(new, path)
@@ -104,6 +144,23 @@ def write_whole(path: str | Path, content: str | bytes) -> Path:
     return path
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file. UsageError when it cannot be read, FormatError when it is broken, saying where."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} does not exist") from error
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise FormatError(f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
+    except (ValueError, RecursionError) as error:  # no UTF-8, a number of a million digits, a thousand brackets
+        raise FormatError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise FormatError(f"{path} must hold keys and values, but holds a {type(content).__name__}")
+    return content
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Raise what safetensors says of a full disk and the like as the OSError it is."""
@@ -132,7 +189,10 @@ def storage_error(error: OSError, path: Path) -> TrimtabError:
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    windows = os.name == "nt"
+    if windows and path.is_dir():
+        return  # it opens no folders, and syncs only what may be written
+    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

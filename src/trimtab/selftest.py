@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -12,13 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 import trimtab
 from trimtab.adapt.adapter import Adapter
+from trimtab.data.batch import pad
 from trimtab.data.encode import Example
+from trimtab.deltas.delta import Delta
 from trimtab.deltas.method import Method
 from trimtab.train.loop import fit
 from trimtab.train.loss import causal_loss
+from trimtab.train.packing import packing_for
 from trimtab.train.plan import micro_batches
 from trimtab.train.settings import Settings
 
@@ -76,11 +81,12 @@ Outcome = tuple[float, bool]
 
 
 def _examples(model: nn.Module) -> list[Example]:
-    """Twelve seeded sequences of several lengths, the second half of each supervised."""
+    """Twelve seeded sequences of several lengths, the second half of each supervised; four begin alike."""
     draw, config = random.Random(0), model.config.get_text_config()  # type: ignore[union-attr,operator]
+    begin = [[draw.randrange(config.vocab_size) for _ in range(5)] for _ in range(3)]
     examples = []
     for row, length in enumerate([7, 23, 12, 31, 9, 18, 26, 14, 11, 29, 8, 20]):
-        ids = [draw.randrange(config.vocab_size) for _ in range(length)]
+        ids = [*begin[row % 3], *(draw.randrange(config.vocab_size) for _ in range(length - 5))]
         examples.append(Example(ids, [i >= length // 2 for i in range(length)], row + 1, 0, False))
     return examples
 
@@ -100,11 +106,13 @@ def _trained(model: nn.Module, method: Method, seed: int = 0) -> Iterator[Adapte
 
 
 def _gradient(adapter: Adapter, examples: Sequence[Example], settings: Settings) -> Tensor:
-    batches = micro_batches(examples, range(len(examples)), settings, pad_id=0)
+    packing = packing_for(adapter, settings.packing, examples)
+    batches = micro_batches(examples, range(len(examples)), settings, packing)
     supervised = sum(batch.supervised_tokens for batch in batches)
     device = next(adapter.model.parameters()).device
-    for batch in batches:
-        (causal_loss(adapter.model, batch.to(device)) / supervised).backward()  # type: ignore[no-untyped-call]
+    with packing.on(adapter.model):
+        for batch in batches:
+            (causal_loss(adapter.model, batch.to(device)) / supervised).backward()  # type: ignore[no-untyped-call]
     flat = torch.cat([p.grad.flatten().double() for p in adapter.parameters() if p.grad is not None])
     for parameter in adapter.parameters():
         parameter.grad = None
@@ -117,15 +125,45 @@ def _relative(a: Tensor, b: Tensor) -> float:
 
 def packed(model: nn.Module, method: Method, examples: list[Example], folder: Path) -> Outcome:
     """Packed equals unpacked: the gradient of one packed row and of padded rows."""
-    whole = Settings(batch_size=len(examples))
+    whole = Settings(batch_size=len(examples), packing="pad")
     with _trained(model, method) as adapter:
         padded = _gradient(adapter, examples, whole)
         return _relative(_gradient(adapter, examples, dataclasses.replace(whole, packing="pack")), padded), False
 
 
+def shared(model: nn.Module, method: Method, examples: list[Example], folder: Path) -> Outcome:
+    """Shared prefixes equal separate ones: the gradient as training packs it and of examples one by one."""
+    whole = Settings(batch_size=len(examples))
+    with _trained(model, method) as adapter:
+        one_by_one = _gradient(adapter, examples, dataclasses.replace(whole, packing="pad", micro_batch=1))
+        return _relative(_gradient(adapter, examples, whole), one_by_one), False
+
+
+def without_logits(model: nn.Module, method: Method, examples: list[Example], folder: Path) -> Outcome:
+    """Loss in blocks equals loss of all logits: the gradient from hidden states and by the model's own logits."""
+    batch = pad(examples, 0).to(next(model.parameters()).device)
+    with _trained(model, method) as adapter:
+        ours = torch.autograd.grad(causal_loss(model, batch), adapter.parameters())
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids)
+        chosen = logits.logits.flatten(0, 1)[batch.predictors].float()
+        plain = torch.autograd.grad(cross_entropy(chosen, batch.targets, reduction="sum"), adapter.parameters())
+    flat = [torch.cat([gradient.flatten().double() for gradient in found]) for found in (ours, plain)]
+    return _relative(*flat), False
+
+
+def fast(model: nn.Module, method: Method, examples: list[Example], folder: Path) -> Outcome:
+    """Fast equals plain: the gradient of the method's own forward and of W + ΔW."""
+    whole = Settings(batch_size=len(examples), packing="pad")
+    with _trained(model, method) as adapter:
+        own = _gradient(adapter, examples, whole)
+        for delta in adapter.deltas.values():
+            vars(delta)["forward"] = functools.partial(Delta.forward, delta)
+        return _relative(own, _gradient(adapter, examples, whole)), False
+
+
 def alone(model: nn.Module, method: Method, examples: list[Example], folder: Path) -> Outcome:
     """Padded equals alone: the gradient of one batch and of examples one by one."""
-    whole = Settings(batch_size=len(examples))
+    whole = Settings(batch_size=len(examples), packing="pad")
     with _trained(model, method) as adapter:
         one_by_one = _gradient(adapter, examples, dataclasses.replace(whole, micro_batch=1))
         return _relative(_gradient(adapter, examples, whole), one_by_one), False
@@ -234,4 +272,4 @@ def routed(model: nn.Module, method: Method, examples: list[Example], folder: Pa
         return _relative(together[:2].double(), torch.cat([own, base]).double()), False
 
 
-CHECKS = (packed, alone, accumulated, resumed, seeded, merged, unmerged, loaded, routed)
+CHECKS = (packed, shared, alone, without_logits, fast, accumulated, resumed, seeded, merged, unmerged, loaded, routed)

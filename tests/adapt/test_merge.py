@@ -102,6 +102,28 @@ def test_probing_leaves_every_mode_as_it_was() -> None:
     assert not model.head[1].training
 
 
+@pytest.mark.parametrize("verb", ["unmerge", "merge another"])
+def test_a_model_that_was_cast_while_merged_is_left_as_it_is(verb: str) -> None:
+    model = reader()
+    other = trimtab.attach(model, SMALL, name="other")
+    adapter = stir(trimtab.attach(model, SMALL))
+    own = [model.head.weight.clone(), model.head.weight]
+    trimtab.merge(adapter, probes=[IDS])
+    placed = model.head.weight.detach().clone()
+    model.to(torch.bfloat16)
+    cast = snapshot(model)
+    with pytest.raises(
+        UsageError, match=r"weight was torch.float32 .* is torch.bfloat16 now.*model.to\(torch.float32\)"
+    ):
+        trimtab.unmerge(adapter) if verb == "unmerge" else trimtab.merge(other, probes=[IDS])
+    assert_same(cast, snapshot(model))
+    model.to(torch.float32)
+    assert not torch.equal(model.head.weight, placed)  # bf16 kept less of it
+    trimtab.unmerge(adapter)
+    assert model.head.weight is own[1]
+    assert torch.equal(model.head.weight, own[0])
+
+
 def test_a_mode_set_while_merged_reaches_the_deltas() -> None:
     model = reader()
     adapter = stir(trimtab.attach(model, LoRA(rank=2, dropout=0.5)))
@@ -150,7 +172,7 @@ def test_a_trained_bias_alone_is_worth_merging(dtype: torch.dtype | None) -> Non
     with torch.no_grad():
         adapter.copies["head"].bias += 1
     trimtab.merge(adapter, dtype=dtype)
-    assert torch.equal(model.head.bias.bfloat16(), adapter.copies["head"].bias)
+    assert torch.equal(model.head.bias, adapter.copies["head"].bias.to(dtype or torch.bfloat16))
 
 
 def test_a_second_adapter_without_a_change_is_an_error_and_the_first_stays_merged() -> None:

@@ -10,28 +10,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import trimtab
+from toys import built
 from trimtab.errors import FormatError, UsageError
 from trimtab.files import StorageError
 
 
-def llama(layers: int = 2) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
-    return LlamaForCausalLM(config)
-
-
 def test_a_module_whose_forward_a_hook_has_replaced_is_refused_by_name():
-    model = llama()
+    model = built("llama")
     target = model.model.layers[0].mlp.up_proj
     target.forward = lambda x: nn.Linear.forward(target, x)
     with pytest.raises(UsageError, match=r"layers\.0\.mlp\.up_proj, which has a forward of its own"):
@@ -39,37 +26,40 @@ def test_a_module_whose_forward_a_hook_has_replaced_is_refused_by_name():
 
 
 def test_an_adapter_of_a_smaller_model_is_refused_and_names_the_first_module_missing(tmp_path):
-    trimtab.attach(llama(2), trimtab.LoRA(rank=2)).save(tmp_path / "small")
-    model = llama(3)
-    with pytest.raises(FormatError, match=r"nothing for 'model\.layers\.2\.self_attn\.q_proj'"):
+    small, model = built("llama"), built("llama")
+    small.model.layers = small.model.layers[:1]
+    trimtab.attach(small, trimtab.LoRA(rank=2)).save(tmp_path / "small")
+    with pytest.raises(FormatError, match=r"nothing for 'model\.layers\.1\.self_attn\.q_proj'"):
         trimtab.load(model, tmp_path / "small")
     assert not trimtab.adapters(model)
 
 
 def test_an_adapter_with_a_module_taken_out_of_its_file_is_refused(tmp_path):
-    folder = trimtab.attach(llama(), trimtab.LoRA(rank=2)).save(tmp_path / "whole")
+    folder = trimtab.attach(built("llama"), trimtab.LoRA(rank=2)).save(tmp_path / "whole")
     file = folder / "adapter_model.safetensors"
     tensors = {key: t for key, t in load_file(file).items() if "layers.1.mlp.down_proj" not in key}
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(FormatError, match=r"nothing for 'model\.layers\.1\.mlp\.down_proj'"):
-        trimtab.load(llama(), folder)
+        trimtab.load(built("llama"), folder)
 
 
 def test_an_adapter_of_some_layers_loads_when_its_configuration_says_so(tmp_path):
-    folder = trimtab.attach(llama(), trimtab.LoRA(rank=2), targets=["model.layers.0.mlp.up_proj"]).save(tmp_path / "a")
+    folder = trimtab.attach(built("llama"), trimtab.LoRA(rank=2), targets=["model.layers.0.mlp.up_proj"]).save(
+        tmp_path / "a"
+    )
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["target_modules"] == ["model.layers.0.mlp.up_proj"]
-    assert list(trimtab.load(llama(), folder).deltas) == ["model.layers.0.mlp.up_proj"]
+    assert list(trimtab.load(built("llama"), folder).deltas) == ["model.layers.0.mlp.up_proj"]
 
 
 def test_a_compiled_model_is_refused_with_what_to_do():
-    compiled = torch.compile(llama(), backend="eager")
+    compiled = torch.compile(built("llama"), backend="eager")
     with pytest.raises(UsageError, match=r"adapt model\._orig_mod, then wrap it"):
         trimtab.attach(compiled, trimtab.LoRA(rank=2))
 
 
 def test_a_full_disk_while_saving_a_merged_model_is_told_as_one(tmp_path, monkeypatch):
-    model = llama()
+    model = built("llama")
     adapter = trimtab.attach(model, trimtab.LoRA(rank=2))
     with torch.no_grad():
         for parameter in adapter.parameters():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -150,3 +151,18 @@ def adapters(model, tmp_path_factory):
         adapter.save(folder / name)
         adapter.remove()
     return folder
+
+
+@pytest.fixture
+def terminal(trimtab, monkeypatch):
+    """terminal(*arguments): run a command as on a terminal; what it draws on standard error, without colours."""
+
+    def call(*arguments):
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        done = trimtab(*arguments)
+        assert done.code == 0, done.err
+        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", done.err)
+
+    return call

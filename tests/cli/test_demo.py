@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-KEYS = {"before", "after", "interval", "interval_before", "interval_after", "interval_of_change", "chance", "items"}
+KEYS = {
+    *("before", "after", "interval", "interval_before", "interval_after", "interval_of_change", "chance", "items"),
+    *("resampled", "resampled_number"),
+}
 
 
 @pytest.fixture
@@ -38,6 +41,10 @@ def check_result(result, folder):
         low, high = result[name]["interval"]
         assert 0 <= low <= result[name]["after"] <= high <= 1
     assert result["knowledge"]["items"] >= 60
+    drawn = {result[name]["resampled"]: result[name]["resampled_number"] for name in ("exact_match", "knowledge")}
+    samples = [json.loads(line)["prompt"] for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert 1 <= drawn["whole modules"] <= len(samples)
+    assert drawn["questions"] == result["knowledge"]["items"]
     assert result["seconds"] > result["training_seconds"] > 0
     assert result["peak_rss_bytes"] > 100e6
     for name in ("adapter", "merged", "report", "audit"):
@@ -73,6 +80,26 @@ def test_the_demo_says_what_it_cannot_do(trimtab, tmp_path):
     done = trimtab("demo", "--functions", 0, "--out", tmp_path / "run")
     assert done.code == 2
     assert not (tmp_path / "run").exists()
+
+
+def test_the_demo_checks_its_data_before_anything_slow(trimtab, model, tmp_path, monkeypatch):
+    code = tmp_path / "code"
+    code.mkdir()
+    for number in range(12):  # one function, written with another letter case in each module
+        names = ["".join(c.upper() if number >> i & 1 else c for i, c in enumerate(word)) for word in ("item", "total")]
+        lines = "\n".join(f"    {names[1]} = {names[0]} + {line}" for line in range(6))
+        (code / f"module{number}.py").write_text(f"def add_up({names[0]}):\n{lines}\n    return {names[1]}\n")
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trimtab.cli.demo.measure", stop)
+    done = trimtab(
+        "demo", "--model", model, "--code", code, "--functions", 8, "--test-functions", 3, "--out", tmp_path / "run",
+        "--threads", 1,
+    )  # fmt: skip
+    assert done.code == 130, done.err
+    assert "warning: contamination: 3 of the 3 rows of test.jsonl (100%)" in done.err
 
 
 @pytest.mark.slow

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import itertools
 import json
 import re
 import subprocess
 import sys
+from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
@@ -16,6 +19,7 @@ from tiny_command_line import environment
 from trimtab import cli
 from trimtab.cli import recipe as recipes
 from trimtab.cli.common import Output
+from trimtab.data.layout import KNOWN
 from trimtab.deltas import METHODS, method_class, method_spec
 from trimtab.options import to_mapping
 
@@ -45,6 +49,21 @@ def test_every_flag_says_what_it_does(trimtab, command):
     assert {"--json", "--quiet", "--debug"} <= set(re.findall(r"--[\w-]+", shown))
     for entry in entries:
         assert len(" ".join(entry.split("\n\n")[0].split()).split("  ")[0].split()) > 2, entry
+
+
+def test_commands_share_through_the_files_that_are_none():
+    folder = Path(cli.__file__).parent
+    modules = {module for module, _ in cli.COMMANDS.values()}
+    for module in modules:
+        tree = ast.parse((folder / f"{module}.py").read_text())
+        names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert not names & {f"trimtab.cli.{other}" for other in modules}, module
+
+
+@pytest.mark.parametrize("command", [["train"], ["data", "inspect"]], ids=" ".join)
+def test_every_layout_there_is_stands_in_the_help(trimtab, command):
+    shown = " ".join(trimtab(*command, "--help").out.split())
+    assert f"auto, {', '.join(KNOWN)}" in shown
 
 
 def test_the_help_lists_every_command(trimtab):
@@ -137,6 +156,12 @@ def test_every_recipe_key_is_a_flag_and_survives_yaml():
     place_of_the_run = {field.name for field in dataclasses.fields(recipes.RunFlags)}
     assert {"out", "resume"} <= place_of_the_run
     assert set(flat) == known - place_of_the_run
+
+
+def test_the_flag_for_biases_takes_what_attaching_takes():
+    from trimtab.adapt.select import BIASES  # imports torch, which the help must not
+
+    assert set(get_args(get_type_hints(recipes.PlaceFlags)["bias"])) == set(BIASES)
 
 
 def test_no_flag_means_two_things():

@@ -59,6 +59,22 @@ def test_inspecting_what_training_refuses_exits_2_and_still_shows_it(trimtab, mo
     assert "cannot be trained on: 1 row without an answer (3)" in done.err
 
 
+def test_a_split_of_a_hub_data_set_can_be_named(trimtab, model, monkeypatch):
+    asked = []
+
+    class Fake:
+        @staticmethod
+        def load_dataset(name, split):
+            asked.append((name, split))
+            return rows(0, 4)
+
+    monkeypatch.setitem(sys.modules, "datasets", Fake())
+    flags = ["--split", "validation", "--against", "some/tests", "--against-split", "test"]
+    done = trimtab("data", "inspect", "some/rows", "--model", model, *flags)
+    assert asked == [("some/rows", "validation"), ("some/tests", "test")]
+    assert "hub data set, split validation" in done.out
+
+
 # --- generate ---
 
 
@@ -88,6 +104,27 @@ def test_rows_of_one_batch_equal_each_alone(trimtab, model, adapters, tmp_path):
     assert answers(together) == alone
 
 
+@pytest.mark.parametrize(("flags", "sizes"), [((), [20]), (("--batch-size", 8), [8, 8, 4])], ids=["default", "split"])
+def test_a_file_of_rows_is_one_batch_unless_memory_is_short(
+    trimtab, model, adapters, tmp_path, monkeypatch, flags, sizes
+):
+    from trimtab.tasks import generate
+
+    batch, seen = generate._batch, []
+
+    def counted(model, rows, *rest):
+        seen.append(len(rows))
+        return batch(model, rows, *rest)
+
+    monkeypatch.setattr(generate, "_batch", counted)
+    lines = [{"prompt": f"prompt {i}", "adapter": (None, "sql", "poet")[i % 3]} for i in range(20)]
+    named = ["--adapter", adapters / "sql", "--adapter", adapters / "poet"]
+    file = write_rows(tmp_path / "rows.jsonl", lines)
+    done = trimtab("generate", "--model", model, *named, *SHORT, "--rows", file, "--json", *flags)
+    assert [row["prompt"] for row in done.json["answers"]] == [line["prompt"] for line in lines]
+    assert seen == sizes
+
+
 def test_one_answer_alone_stands_on_standard_output(trimtab, model):
     done = trimtab("generate", "--model", model, *SHORT, "hello")
     told = trimtab("generate", "--model", model, *SHORT, "hello", "--json").json["answers"][0]["answer"]
@@ -110,6 +147,7 @@ def test_sampling_is_settled_by_its_seed(trimtab, model):
         (["hello", "--adapter", "base=."], "adapter name 'base' is taken"),
         (["hello", "--adapter", "a=.", "--adapter", "a=."], "adapter name 'a' is given twice"),
         (["hello", "--max-new-tokens", "0"], "max_new_tokens is 0, but must be at least 1"),
+        (["hello", "--batch-size", "0"], "batch_size is 0, but must be at least 1"),
         (["hello", "--temperature", "-1"], "temperature is -1.0, but must be at least 0"),
         (["--rows", "nowhere.jsonl"], "cannot read nowhere.jsonl"),
         (["--rows", "nowhere.jsonl", "--use", "base"], "leave --use out"),
@@ -320,19 +358,19 @@ def test_the_selftest_runs_on_the_users_model(trimtab, model):
 
 
 def test_the_selftest_fails_when_an_equivalence_is_broken(trimtab, monkeypatch):
-    from trimtab.data import batch
-    from trimtab.train import plan
+    from trimtab.data import batch, pack
+    from trimtab.train import packing
 
     def leaky(examples, pad_id):  # positions that go on from one example to the next
-        whole = batch.pack(examples, pad_id)
+        whole = pack.pack(examples, pad_id)
         positions = torch.arange(whole.position_ids.shape[1])[None]
         return batch.dataclasses.replace(whole, position_ids=positions)
 
-    monkeypatch.setattr(plan, "pack", leaky)
+    monkeypatch.setattr(packing, "pack", leaky)
     done = trimtab("selftest", "--json")
     assert done.code == 1
     assert done.json["passed"] is False
-    assert "1 of 9 checks failed: Packed equals unpacked" in done.err
+    assert "1 of 12 checks failed: Packed equals unpacked" in done.err
 
 
 @pytest.mark.parametrize(
@@ -350,6 +388,55 @@ def test_what_there_is_is_listed(trimtab, what, words):
     found = trimtab("list", what, "--json").json[what]
     # One line each, however long, where no terminal sets the width.
     assert len(shown.splitlines()) == len(found) + 1
+
+
+# --- the terminal ---
+
+
+def test_inspecting_on_a_terminal_counts_rows(terminal, model, data):
+    drawn = terminal("data", "inspect", data / "train.jsonl", "--model", model)
+    assert re.search(r"encoding train\.jsonl .* 16/16", drawn)
+    for work in ("reading train.jsonl", "loading torch and transformers", "loading the tokenizer", "checking train."):
+        assert re.search(rf"{work}[^\n]* \d+ s", drawn), work
+
+
+def test_answering_on_a_terminal_counts_what_is_answered_so_far(terminal, model, adapters):
+    drawn = terminal("generate", "--model", model, "--adapter", adapters / "sql", *SHORT, "one", "two")
+    assert re.search(rf"loading {model}[^\n]* \d+ s", drawn)
+    assert re.search(r"loading adapters .* 1/1", drawn)
+    assert re.search(r"answering .* 2/2 +[\d.]+ (prompts/s|s/prompt)", drawn)
+
+
+def test_merging_on_a_terminal_shows_that_it_goes_on(terminal, model, adapters, tmp_path):
+    drawn = terminal("merge", "--model", model, "--adapter", adapters / "sql", "--out", tmp_path / "merged")
+    for work in ("loading the adapter", "merging and auditing", "writing the merged model"):
+        assert re.search(rf"{work}[^\n]* \d+ s", drawn), work
+
+
+def test_the_selftest_on_a_terminal_counts_its_checks(terminal):
+    drawn = terminal("selftest")
+    assert re.search(r"checking .* 9/9 +[\d.]+ (checks/s|s/check)", drawn)
+    # The lines of the checks stand above the bar, whole.
+    assert len(re.findall(r"\rok   \w[^\r\n]*\)\s*\n", drawn)) == 9
+
+
+def test_the_hubs_own_bars_stand_alone(trimtab, model, data, monkeypatch):
+    class Fake:
+        @staticmethod
+        def load_dataset(name, split):
+            return rows(0, 4)
+
+    monkeypatch.setitem(sys.modules, "datasets", Fake())
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    done = trimtab("data", "inspect", "some/rows", "--model", "nobody/nothing")
+    assert "no model 'nobody/nothing'" in done.err
+    assert "loading torch" in done.err
+    assert "reading" not in done.err
+    assert "looking up" not in done.err
+
+
+def test_nothing_is_drawn_where_it_is_not_wanted(terminal, model, data):
+    assert terminal("data", "inspect", data / "train.jsonl", "--model", model, "--quiet") == ""
 
 
 # --- the process ---

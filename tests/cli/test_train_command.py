@@ -123,6 +123,45 @@ def test_resuming_takes_the_same_flags_again(interrupted, train):
     assert weights(cut) == weights(whole)
 
 
+def test_resuming_keeps_what_the_run_records(train, trimtab, tmp_path, data, monkeypatch):
+    made = []
+
+    class Log:
+        def log(self, row):
+            pass
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr("trimtab.train.metrics.make_logger", lambda name, folder: made.append(name) or Log())
+    flags = ["--eval-data", data / "eval.jsonl", "--log-to", "tensorboard", "--samples", 1, "--save-every", 1]
+    train(tmp_path / "run", *flags)
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "samples.jsonl").unlink()
+    done = trimtab("train", "--out", tmp_path / "run", "--resume")
+    assert done.code == 0, done.err
+    assert made == ["tensorboard", "tensorboard"]
+    assert len((tmp_path / "run" / "samples.jsonl").read_text().splitlines()) == 1
+
+
+def test_resuming_may_record_something_else(interrupted, trimtab):
+    whole, cut = interrupted
+    done = trimtab("train", "--out", cut, "--resume", "--samples", 5)
+    assert done.code == 0, done.err
+    assert len((cut / "samples.jsonl").read_text().splitlines()) == 5
+    assert weights(cut) == weights(whole)
+
+
+def test_resuming_takes_the_default_of_a_key_that_the_run_did_not_know(interrupted, trimtab):
+    whole, cut = interrupted
+    config = yaml.safe_load((cut / "config.yaml").read_text())
+    later = ("split", "eval_split", "log_to", "samples")
+    (cut / "config.yaml").write_text(yaml.safe_dump({k: v for k, v in config.items() if k not in later}))
+    done = trimtab("train", "--out", cut, "--resume")
+    assert done.code == 0, done.err
+    assert weights(cut) == weights(whole)
+
+
 def test_resuming_with_another_recipe_names_the_keys(interrupted, trimtab):
     _, cut = interrupted
     before = files(cut)
@@ -196,6 +235,26 @@ def wait_for(condition, child, seconds=120):
         assert child.poll() is None, child.communicate()
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def test_training_reads_the_splits_asked_for(train, tmp_path, data, monkeypatch):
+    import sys
+
+    asked = []
+
+    class Fake:
+        @staticmethod
+        def load_dataset(name, split):
+            asked.append((name, split))
+            return rows(0, 4) if split == "small" else rows(4, 6)
+
+    monkeypatch.setitem(sys.modules, "datasets", Fake())
+    flags = ["--data", "some/rows", "--split", "small", "--eval-data", "some/rows", "--eval-split", "test"]
+    done = train(tmp_path / "run", *flags)
+    assert done.code == 0, done.err
+    assert asked == [("some/rows", "small"), ("some/rows", "test")]
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (config["split"], config["eval_split"]) == ("small", "test")
 
 
 # --- what it warns of and refuses ---

@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from trimtab.data.batch import IGNORED, Batch, batches, pack, pad
+from trimtab.data.batch import IGNORED, Batch, batches, pad
 from trimtab.data.encode import Example
+from trimtab.data.pack import pack, pack_shared
 from trimtab.errors import UsageError
 
 
@@ -41,26 +44,33 @@ def test_packing_restarts_positions_and_never_predicts_a_first_token() -> None:
     batch = pack([Example([5, 6], [True, True], 3, 0, False), Example([7, 8, 9], [True, False, True], 4, 0, False)], 0)
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9]]
     assert batch.position_ids.tolist() == [[0, 1, 0, 1, 2]]
-    assert batch.labels.tolist() == [[IGNORED, 6, IGNORED, IGNORED, 9]]
+    assert (batch.predictors.tolist(), batch.targets.tolist()) == ([0, 3], [6, 9])
     assert batch.attention_mask is None
     assert (batch.examples, batch.real_tokens, batch.supervised_tokens) == ((3, 4), 5, 2)
 
 
-@pytest.mark.parametrize("build", [pad, pack])
-def test_counts_are_those_of_the_shifted_labels(build: type[Batch]) -> None:
+@pytest.mark.parametrize("build", [pad, pack, pack_shared])
+def test_counts_are_those_of_the_terms(build: Callable[..., Batch]) -> None:
     some = examples(20)
     batch = build(some, 0)
     assert (batch.real_tokens, batch.supervised_tokens) == expected_counts(some)
-    assert int((batch.labels[:, 1:] != IGNORED).sum()) == batch.supervised_tokens
-    assert {tensor.dtype for tensor in (batch.input_ids, batch.position_ids, batch.labels)} == {torch.int64}
+    assert batch.weights.sum() == batch.supervised_tokens
+    tensors = (batch.input_ids, batch.position_ids, batch.predictors, batch.targets)
+    assert {tensor.dtype for tensor in tensors} == {torch.int64}
+
+
+def test_labels_of_a_padded_batch_are_its_terms() -> None:
+    batch = pad(examples(20), 0)
+    assert int((batch.labels != IGNORED).sum()) == batch.supervised_tokens
+    assert torch.equal(batch.labels.flatten()[batch.predictors + 1], batch.targets)
 
 
 @pytest.mark.parametrize("build", [pad, pack])
-def test_a_batch_moves_whole(build: type[Batch]) -> None:
+def test_a_batch_moves_whole(build: Callable[..., Batch]) -> None:
     batch = build(examples(3), 0)
     moved = batch.to("meta")
-    tensors = (moved.input_ids, moved.position_ids, moved.labels, moved.attention_mask)
-    assert {tensor.device.type for tensor in tensors if tensor is not None} == {"meta"}
+    tensors = [value for field in dataclasses.fields(Batch) if isinstance(value := getattr(moved, field.name), Tensor)]
+    assert {tensor.device.type for tensor in [*tensors, *([moved.tree.end] if moved.tree else [])]} == {"meta"}
     assert (moved.attention_mask is None) == (batch.attention_mask is None)
     assert moved.supervised_tokens == batch.supervised_tokens
 
@@ -97,8 +107,8 @@ def test_padded_and_packed_give_the_separate_examples_loss(attention: str) -> No
                 position_ids=batch.position_ids,
                 use_cache=False,
             ).logits
-        flat = logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten()
-        return torch.nn.functional.cross_entropy(*flat, ignore_index=IGNORED, reduction="sum").item()
+        chosen = logits.flatten(0, 1)[batch.predictors]
+        return (torch.nn.functional.cross_entropy(chosen, batch.targets, reduction="none") * batch.weights).sum().item()
 
     separate = sum(loss(pad([example], 0)) for example in some)
     # float32 sums of about a dozen terms; what leaks between examples must show far above their rounding.

@@ -104,18 +104,9 @@ def tiny_gguf(tmp_path, write_gguf):
 def llama_folder(tmp_path):
     """A saved random Llama in bf16, without a tokenizer."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-    )
+    from toys import built
+
     folder = tmp_path / "llama"
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    built("llama").to(torch.bfloat16).save_pretrained(folder)
     return folder

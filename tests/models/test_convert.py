@@ -72,7 +72,7 @@ def test_a_folder_that_lost_part_of_a_file_is_made_again(tiny_gguf):
 
 
 def test_a_conversion_that_fails_leaves_nothing_behind(tiny_gguf, own_cache, monkeypatch):
-    monkeypatch.setattr(convert, "_sync", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt()))
+    monkeypatch.setattr(convert, "_forget_origin", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         safetensors_folder(tiny_gguf[0])
     assert [entry for entry in own_cache.iterdir() if entry.is_dir()] == []
@@ -83,10 +83,10 @@ def test_a_conversion_that_fails_leaves_nothing_behind(tiny_gguf, own_cache, mon
 def test_a_killed_conversion_is_made_again(tiny_gguf, own_cache):
     child = os.fork()
     if child == 0:
-        convert._sync = lambda folder: time.sleep(600)
+        convert._forget_origin = lambda folder: time.sleep(600)
         safetensors_folder(tiny_gguf[0])
         os._exit(0)
-    while not list(own_cache.glob("*.partial-*/tokenizer_config.json")):
+    while not list(own_cache.glob(".*.partial/tokenizer_config.json")):
         assert os.waitpid(child, os.WNOHANG) == (0, 0), "the conversion ended by itself"
         time.sleep(0.05)
     os.kill(child, signal.SIGKILL)
@@ -111,10 +111,10 @@ def test_two_processes_at_once_convert_once(tiny_gguf, own_cache):
 
 
 def test_a_full_disk_is_named_with_what_to_do(tiny_gguf, monkeypatch):
-    def full(folder):
+    def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(convert, "_sync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UsageError, match=r"No space left on device; it takes up to .* GB.*TRIMTAB_CACHE"):
         safetensors_folder(tiny_gguf[0])
 

@@ -114,8 +114,17 @@ RESULT = {
         "after": 0.243,
         "interval_before": [0.012, 0.032],
         "interval_after": [0.206, 0.281],
+        "resampled": "whole modules",
+        "resampled_number": 37,
     },
-    "exact_match": {"before": 0.0, "after": 0.092, "interval_before": [0, 0.0], "interval_after": [0.063, 0.125]},
+    "exact_match": {
+        "before": 0.0,
+        "after": 0.092,
+        "interval_before": [0, 0.0],
+        "interval_after": [0.063, 0.125],
+        "resampled": "whole modules",
+        "resampled_number": 37,
+    },
     "knowledge": {
         "before": 0.525,
         "after": 0.5125,
@@ -123,6 +132,8 @@ RESULT = {
         "interval_after": [0.4, 0.625],
         "chance": 0.25,
         "questions": 80,
+        "resampled": "questions",
+        "resampled_number": 80,
     },
 }
 
@@ -133,7 +144,8 @@ def audit(number: int = 30) -> dict[str, Any]:
         "layers": layers(number),
         "max_logit_difference": 3.81e-5,
         "greedy_agreement": 1.0,
-        "probe_prompts": ["def f(a, b):\n    return a + b", "What is the capital of France?"],
+        "probe_positions": 87,
+        "probe_kind": "8 prompts",
     }
 
 

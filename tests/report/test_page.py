@@ -120,6 +120,33 @@ def test_gain_and_forgetting_stand_with_interval_and_chance(whole: Page) -> None
     assert "95 % bootstrap intervals" in text
 
 
+def test_the_intervals_say_what_was_drawn_anew(whole: Page, run: Path) -> None:
+    told = "Drawn anew each time: 37 whole modules for Subtoken F1, Exact match; 80 questions for General knowledge."
+    assert told in whole.text
+    edit(run / "result.json", exact_match={"before": 0.1, "after": 0.2, "interval_after": [0.1, 0.3]}, knowledge=None)
+    silent = "37 whole modules for Subtoken F1; units that were not recorded for Exact match."
+    assert silent in page_of(run).text
+
+
+def test_the_audit_says_what_outputs_were_compared_on(whole: Page, run: Path) -> None:
+    assert "Greedy tokens that agree100 % of 87 positions" in whole.text.replace("agree ", "agree")
+    assert "Probes8 prompts" in whole.text.replace("Probes ", "Probes")
+    assert "robe kind" not in whole.text
+    nothing = {"probe_kind": "no probes", "probe_positions": 0, "greedy_agreement": None}
+    edit(run / "audit.json", **nothing)
+    text = page_of(run).text
+    assert "no probes" in text
+    assert "positions" not in text
+
+
+def test_a_run_with_nothing_but_its_metrics_has_a_page(run: Path) -> None:
+    for name in ("config.yaml", "samples.jsonl", "result.json", "audit.json"):
+        (run / name).unlink()
+    text = page_of(run).text
+    for words in ("The run has no config.yaml", "result.json is missing", "121 rows of metrics.jsonl"):
+        assert words in text
+
+
 def test_the_headline_says_what_was_trained_and_what_it_cost(whole: Page) -> None:
     text = whole.text
     assert "LoRA, rank 16, on smollm2-135m-instruct" in text

@@ -47,6 +47,7 @@ def test_a_broken_line_is_named_with_its_file(run: Path, folders: ModuleType, na
         ("audit.json", '{"layers": {}}', "the layers must be a list, but are an object"),
         ("audit.json", '{"layers": [{"name": "a"}]}', "layer 0: relative_change must be a number, but is null"),
         ("audit.json", '{"layers": [], "greedy_agreement": "all"}', "greedy_agreement must be a number, but is text"),
+        ("audit.json", '{"layers": [], "probe_positions": "all"}', "probe_positions must be a number, but is text"),
         ("audit.json", '{"layers": [{"name": "a", "relative_change": 1, "error_share": []}]}', "layer 0: error_share"),
         ("layers.json", '[{"relative_change": 0.1}]', "layer 0 must be an object with the name"),
         ("layers.json", '[{"name": "a", "relative_change": 1}, {"name": "a", "relative_change": 2}]', "a second time"),
@@ -70,6 +71,8 @@ def test_a_broken_file_is_named(run: Path, name: str, content: str, words: str) 
         ({"before": "low", "after": 1}, "exact_match.before must be a number"),
         ({"before": 0, "after": 1, "chance": "half"}, "chance level of exact_match must be a number"),
         ({"before": 0, "after": 1, "interval_after": [0.1]}, "exact_match.interval_after must be two numbers"),
+        ({"before": 0, "after": 1, "resampled": 3}, "exact_match.resampled must be text"),
+        ({"before": 0, "after": 1, "resampled_number": "3"}, "exact_match.resampled_number must be a number"),
         ({"before": 0, "after": 1, "interval_after": [0.4, 0.1]}, "must start at its lower end"),
     ],
 )

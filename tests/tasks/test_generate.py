@@ -94,6 +94,12 @@ def test_progress_counts_prompts(llama, tokenizer):
     assert seen == [(2, 5), (4, 5), (5, 5)]
 
 
+def test_progress_goes_on_within_a_batch(llama, tokenizer):
+    seen = []
+    generate(llama, tokenizer, PROMPTS, max_new_tokens=4, batch_size=5, progress=lambda done, _: seen.append(done))
+    assert seen == [1.25, 2.5, 3.75, 5]
+
+
 def test_an_encoder_decoder_answers_too(tokenizer):
     from transformers import T5Config, T5ForConditionalGeneration
 

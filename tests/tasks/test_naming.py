@@ -129,6 +129,12 @@ def test_a_seed_settles_the_task(tmp_path):
     assert build(folder, train=30, test=10, seed=3).test != build(folder, train=30, test=10, seed=4).test
 
 
+def test_progress_counts_files(tmp_path):
+    seen = []
+    build(code_base(tmp_path), train=30, test=10, progress=lambda *counts: seen.append(counts))
+    assert seen == [(number, 12) for number in range(1, 13)]
+
+
 def test_equal_bodies_are_taken_once_whatever_their_names(tmp_path):
     folder = code_base(tmp_path)
     write(folder, "zz.py", function("another_name", 0) + function("really_new_name", 7777))

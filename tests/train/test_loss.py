@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tiny_training import make_examples, make_llama
+from tiny_training import VOCABULARY, make_llama
 
 import trimtab
-from trimtab.data.batch import pack, pad
+from trimtab.data.batch import pad
+from trimtab.data.encode import Example
 from trimtab.errors import UsageError
-from trimtab.train.loss import causal_loss, mean_loss, refuse_leaky_packing, refuse_not_causal
+from trimtab.models.readout import readout_of
+from trimtab.train.loss import causal_loss, mean_loss, refuse_not_causal
+from trimtab.train.packing import PAD, packing_for
 from trimtab.train.plan import eval_batches, micro_batches
 from trimtab.train.settings import Settings
 
@@ -46,25 +45,23 @@ def gradient(adapter, loss):
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, adapter.parameters())])
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"packing": "pack"},
-        {"micro_batch": 1},
-        {"micro_batch": 3},
-        {"micro_batch": 3, "packing": "pack"},
-    ],
-    ids=lambda options: "-".join(map(str, options.values())) or "padded",
-)
-def test_padded_packed_and_accumulated_equal_the_reference(adapter, examples, options):
+@pytest.mark.parametrize("micro_batch", [None, 1, 3])
+@pytest.mark.parametrize("name", ["pad", "pack", "tree"])
+def test_padded_packed_and_accumulated_equal_the_reference(adapter, examples, name, micro_batch):
     model = adapter.model
-    parts = micro_batches(examples, range(len(examples)), Settings(batch_size=len(examples), **options), pad_id=0)
+    # three more that begin as the first does, one of them a prefix of it and one the same
+    first = examples[0]
+    for ids in (first.input_ids[:3], first.input_ids, [*first.input_ids[:-2], 1, 2, 3]):
+        examples.append(Example(ids, [True] * len(ids), 90 + len(ids), 0, False))
+    packing = packing_for(adapter, name, examples)
+    options = Settings(batch_size=len(examples), micro_batch=micro_batch)
+    parts = micro_batches(examples, range(len(examples)), options, packing)
     supervised = sum(part.supervised_tokens for part in parts)
-    losses = [causal_loss(model, part) / supervised for part in parts]
+    with packing.on(model):
+        losses = [causal_loss(model, part) / supervised for part in parts]
+        got = sum(gradient(adapter, loss) for loss in losses)
     wanted = reference(model, examples)
     assert sum(losses).item() == pytest.approx(wanted.item(), rel=ROUNDING)
-    got = sum(gradient(adapter, loss) for loss in losses)
     expected = gradient(adapter, wanted)
     assert (got - expected).norm() < ROUNDING * expected.norm()
 
@@ -79,49 +76,47 @@ def test_the_padding_token_does_not_matter(adapter, examples):
     assert losses[0] == pytest.approx(losses[1], rel=ROUNDING)
 
 
-@settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 10_000), count=st.integers(1, 5))
-def test_packed_equals_padded_whatever_the_examples(seed, count):
-    model, found = make_llama(), make_examples(count, seed=seed)
-    with torch.no_grad():
-        assert causal_loss(model, pack(found, 0)).item() == pytest.approx(
-            causal_loss(model, pad(found, 0)).item(), rel=ROUNDING
-        )
-
-
-def test_only_the_needed_columns_equal_all_logits(llama, examples):
-    assert "logits_to_keep" in inspect.signature(type(llama).forward).parameters
-    batch = pad(examples, 0)
-    shapes = []
-
-    class Whole(torch.nn.Module):  # a model that knows no logits_to_keep
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, input_ids, attention_mask, position_ids, use_cache):
-            return self.inner(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
-
-    hook = llama.lm_head.register_forward_hook(lambda module, args, output: shapes.append(output.shape[1]))
-    with torch.no_grad():
-        few, all_of_them = causal_loss(llama, batch), causal_loss(Whole(llama), batch)
+def test_only_positions_that_predict_go_through_the_head(llama, examples):
+    batch, rows = pad(examples, 0), []
+    hook = llama.lm_head.register_forward_hook(lambda module, args, output: rows.append(output.shape[0]))
+    adapter = trimtab.attach(llama, trimtab.LoRA(rank=2), targets=["lm_head"])
+    readout_of(llama)  # which tries the head out
+    rows.clear()
+    causal_loss(llama, batch)
     hook.remove()
-    assert few.item() == pytest.approx(all_of_them.item(), rel=1e-6)
-    needed = int((batch.labels[:, 1:] != -100).any(0).sum())
-    assert shapes == [needed, batch.input_ids.shape[1]]
-    assert needed < batch.input_ids.shape[1]
+    adapter.remove()
+    assert sum(rows) == len(batch.targets) < batch.input_ids.numel()
+
+
+def test_no_logits_are_kept_for_backward(adapter, examples):
+    batch, shapes = pad(examples, 0), []
+
+    def note(tensor):
+        shapes.append(tuple(tensor.shape))
+        return tensor
+
+    readout_of(adapter.model)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        causal_loss(adapter.model, batch)
+    assert shapes
+    assert not [shape for shape in shapes if shape[-1] == VOCABULARY]
+
+
+def test_a_batch_without_targets_has_loss_zero_and_gradients_of_zero(adapter):
+    silent = pad([Example([1, 2, 3], [True, False, False], 1, 0, False)], 0)
+    loss = causal_loss(adapter.model, silent)
+    assert loss.item() == 0
+    assert gradient(adapter, loss).abs().max() == 0
 
 
 def test_examples_with_nothing_to_learn_take_no_computation(examples):
-    from trimtab.data.encode import Example
-
     silent = Example([1, 2, 3], [True, False, False], 99, 0, False)  # a first token is never predicted
-    parts = micro_batches([silent, *examples], range(3), Settings(), pad_id=0)
+    parts = micro_batches([silent, *examples], range(3), Settings(), PAD)
     assert [part.examples for part in parts] == [(1, 2)]
 
 
 def test_evaluation_is_the_mean_over_tokens_and_not_over_batches(llama, examples):
-    batches = eval_batches(examples, Settings(batch_size=3), 0)
+    batches = eval_batches(examples, Settings(batch_size=3), PAD)
     assert len(batches) == 4
     with torch.no_grad():
         assert mean_loss(llama, batches) == pytest.approx(reference(llama, examples).item(), rel=ROUNDING)
@@ -131,7 +126,7 @@ def test_evaluation_restores_each_modules_own_mode(llama, examples):
     llama.train()
     llama.model.layers[0].eval()
     modes = [module.training for module in llama.modules()]
-    mean_loss(llama, eval_batches(examples, Settings(), 0))
+    mean_loss(llama, eval_batches(examples, Settings(), PAD))
     assert [module.training for module in llama.modules()] == modes
 
 
@@ -146,14 +141,3 @@ def test_a_model_that_sees_what_follows_is_refused():
         with pytest.raises(UsageError, match=f"{type(model).__name__} is no causal language model.*loss"):
             refuse_not_causal(model)
     refuse_not_causal(make_llama())
-
-
-def test_packing_is_refused_where_examples_would_see_each_other():
-    from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    refuse_leaky_packing(make_llama())
-    refuse_leaky_packing(GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=16, n_layer=1, n_head=2, n_positions=32)))
-    bloom = BloomForCausalLM(BloomConfig(vocab_size=61, hidden_size=16, n_layer=2, n_head=2, initializer_range=0.3))
-    with pytest.raises(UsageError, match=r"BloomForCausalLM cannot tell packed examples apart.*'pad'"):
-        refuse_leaky_packing(bloom)

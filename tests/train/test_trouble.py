@@ -52,7 +52,7 @@ def test_weights_that_blow_up_are_not_what_is_kept(run, examples, tmp_path):
 
 
 def test_one_bad_batch_keeps_what_was_learned_before_it(run, examples, same, tmp_path):
-    before, _, _ = run(max_steps=1)
+    before, _, _ = run(max_steps=1, packing="pad")  # as a loss of one's own has it
     calls = []
 
     def poisoned(model, batch):
@@ -121,7 +121,7 @@ def no_space(*args, **kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("place", ["os.fsync", "trimtab.train.checkpoint.write_tensors", "tempfile.mkdtemp"])
+@pytest.mark.parametrize("place", ["os.fsync", "trimtab.train.checkpoint.write_tensors", "pathlib.Path.mkdir"])
 def test_a_full_disk_leaves_the_earlier_checkpoint_whole(run, same, tmp_path, monkeypatch, place):
     whole, _, _ = run(epochs=2)
     saves = []

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from trimtab.adapt.module import Adapted, Copies, FrozenStatistics, Routes, carried, drop, release_statistics
+from trimtab.adapt.module import (
+    Adapted,
+    Copies,
+    FrozenStatistics,
+    Routes,
+    carried,
+    device_of,
+    drop,
+    release_statistics,
+)
 from trimtab.adapt.select import Placement
 from trimtab.deltas.delta import Delta
 from trimtab.deltas.method import Method
@@ -120,7 +129,7 @@ class Adapter:
 
     def save(self, path: str | Path) -> Path:
         """Write the adapter as a folder in PEFT's layout, atomically. Returns the folder."""
-        from trimtab.formats.peft import save_adapter
+        from trimtab.formats.peft_write import save_adapter
 
         return save_adapter(self, path)
 
@@ -212,7 +221,9 @@ def set_active(model: nn.Module, names: tuple[str, ...]) -> None:
         if name not in names:
             raise UsageError(f"adapter '{name}' is merged into the weights: unmerge it to switch it off")
     for module in adapted_modules(model):
-        module._active = tuple(n for n in names if n not in merged and n in carried(module))
+        own = carried(module)
+        # Past nn.Module.__setattr__, which is slow.
+        vars(module)["_active"] = tuple([n for n in names if n not in merged and n in own])
     state.active = names
 
 
@@ -248,13 +259,13 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
         raise UsageError(
             f"adapter '{state.merged.names[0]}' is merged into the weights: unmerge it before using rows()"
         )
-    routes: Routes = tuple(
-        (name, torch.tensor([i for i, n in enumerate(names) if n == name])) for name in dict.fromkeys(names)
-    )
     modules = adapted_modules(model)
     before = [module._routes for module in modules]
-    for module in modules:
-        module._routes = (len(names), routes)
+    # Once for each device and not once for each call of a module.
+    places = [device_of(cast("nn.Module", module)) for module in modules]
+    routes = {place: Routes.of(names, place) for place in dict.fromkeys(places)}
+    for module, place in zip(modules, places, strict=True):
+        module._routes = routes[place]
     try:
         yield
     finally:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from trimtab.adapt.adapter import STATE, Adapter, ModelState, frozen_norm_class, set_active
 from trimtab.adapt.module import Copies, freeze_statistics, put, refuse_clash
 from trimtab.adapt.select import (
+    BIASES,
     Placement,
     Site,
     base_modules,
@@ -25,7 +26,7 @@ from trimtab.deltas.delta import Delta
 from trimtab.deltas.layout import slice_layout
 from trimtab.deltas.method import Method
 from trimtab.deltas.sliced import Sliced
-from trimtab.errors import UsageError
+from trimtab.errors import UsageError, did_you_mean
 from trimtab.patterns import matches
 
 log = logging.getLogger("trimtab")
@@ -51,7 +52,7 @@ def attach(
 
     targets: "all-linear" (every linear layer but the output head), names, globs or `re:` patterns. name: letters,
     digits, - and _. seed: of the random start. bias, extra_modules, slices, exclude: see `Placement`. dtype: of
-    the deltas' parameters; biases and extra modules are trained in the dtype the base has them in. Raises UsageError
+    everything trained; biases and extra modules are never trained in fewer bits than the base has. Raises UsageError
     for a target that matches nothing, a rank above a weight's smaller side, a name in use, a wrapped model. Nothing is
     changed when it raises.
     """
@@ -60,22 +61,25 @@ def attach(
     placement = Placement(targets, tuple(exclude), bias, tuple(extra_modules), parts)
     adapter = Adapter(model, name, method, placement, {"seed": seed})
     check_name(model, name)
-    if bias not in ("none", "all", "adapter-only"):
-        raise UsageError(f"bias is '{bias}', but must be none, all or adapter-only")
-    extra = _extra(model, placement.extra_modules)
-    sites = [s for s in choose(model, targets, exclude) if s.path not in extra]
+    if bias not in BIASES:
+        raise UsageError(f"bias is '{bias}', but must be one of {', '.join(BIASES)}{did_you_mean(bias, BIASES)}")
+    modules = base_modules(model)
+    extra = _extra(modules, placement.extra_modules)
+    sites = [s for s in choose(model, modules, targets, exclude) if s.path not in extra]
     if not sites:
         raise UsageError("every target is among the extra modules, which are trained whole already")
     _check_patterns(method, placement, sites)
     generator = torch.Generator().manual_seed(seed)
     deltas = {site.path: (site.module, _fitting_delta(method, placement, site, generator)) for site in sites}
-    copied = _copied_names(model, placement, deltas, extra)
+    copied = _copied_names(modules, placement, deltas, extra)
     whole = {path for path, name in copied if path in extra or name != "bias"}
-    install(adapter, deltas, _make_copies(copied), dtype, outermost(whole, {**extra, **dict.fromkeys(whole)}))
-    count, base = (
-        sum(p.numel() for p in part) for part in (adapter.parameters(), base_parameters(base_modules(model).values()))
-    )
-    log.info("%s on %d modules: %s parameters beside %s", method.name, len(deltas), f"{count:,}", f"{base:,}")
+    outer = outermost(whole, {**extra, **dict.fromkeys(whole)})
+    install(adapter, modules, deltas, _make_copies(copied, dtype), dtype, outer)
+    if log.isEnabledFor(logging.INFO):
+        count, base = (
+            sum(p.numel() for p in part) for part in (adapter.parameters(), base_parameters(modules.values()))
+        )
+        log.info("%s on %d modules: %s parameters beside %s", method.name, len(deltas), f"{count:,}", f"{base:,}")
     return adapter
 
 
@@ -145,10 +149,9 @@ def _check_patterns(method: Method, placement: Placement, sites: list[Site]) -> 
             )
 
 
-def _extra(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
+def _extra(everything: Mapping[str, nn.Module], patterns: Sequence[str]) -> dict[str, nn.Module]:
     """The modules to train whole, by path: those named, and every module within them."""
     found: dict[str, nn.Module] = {}
-    everything = base_modules(model)
     for pattern in patterns:
         roots = [p for p in everything if p and matches(pattern, p)]
         if not roots:
@@ -162,13 +165,12 @@ def _extra(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
 
 
 def _copied_names(
-    model: nn.Module, placement: Placement, deltas: Mapping[str, Any], extra: dict[str, nn.Module]
+    everything: Mapping[str, nn.Module], placement: Placement, deltas: Mapping[str, Any], extra: dict[str, nn.Module]
 ) -> dict[tuple[str, str], nn.Module]:
     """(module path, parameter or buffer name) of everything that is trained as a copy, with its module."""
     chosen: dict[tuple[str, str], nn.Module] = {}
     if not extra and placement.bias == "none":
         return chosen
-    everything = base_modules(model)
     for path, module in extra.items():
         lasting = [n for n in module._buffers if n not in module._non_persistent_buffers_set]
         names = [*module._parameters, *lasting]
@@ -177,7 +179,7 @@ def _copied_names(
         for path, module in everything.items():
             if module._parameters.get("bias") is not None and (placement.bias == "all" or path in deltas):
                 chosen[path, "bias"] = module
-    _add_tied(model, chosen, everything)
+    _add_tied(chosen, everything)
     unseen = read_past_forward(everything.values())
     for (path, name), module in chosen.items():
         if module in unseen:
@@ -192,9 +194,9 @@ def _copied_names(
     return chosen
 
 
-def _add_tied(model: nn.Module, chosen: dict[tuple[str, str], nn.Module], everything: Mapping[str, nn.Module]) -> None:
+def _add_tied(chosen: dict[tuple[str, str], nn.Module], everything: Mapping[str, nn.Module]) -> None:
     """Let every holder of a tied parameter use the one trained copy."""
-    shared = shared_parameters(model)
+    shared = shared_parameters(everything)
     for (path, name), module in list(chosen.items()):
         for other, other_name in shared.get(id(module._parameters.get(name)), ()):
             if (other, other_name) not in chosen:
@@ -216,7 +218,14 @@ def outermost(paths: set[str], within: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(sorted(w for w in holding if not any(w.startswith(h + ".") for h in holding)))
 
 
-def _make_copies(copied: dict[tuple[str, str], nn.Module]) -> dict[str, tuple[nn.Module, Copies]]:
+def as_copy(values: Tensor, base: Tensor, dtype: torch.dtype) -> nn.Parameter:
+    """A trainable copy of a parameter of the base with these values: in the wider of the base's dtype and `dtype`."""
+    # Small steps are lost in bf16, and so would be the base's own digits in a dtype narrower than its.
+    kept = torch.promote_types(base.dtype, dtype) if base.is_floating_point() else base.dtype
+    return nn.Parameter(values.detach().to(base.device, kept, copy=True))
+
+
+def _make_copies(copied: dict[tuple[str, str], nn.Module], dtype: torch.dtype) -> dict[str, tuple[nn.Module, Copies]]:
     clones: dict[int, nn.Parameter | Tensor] = {}
     parameters: dict[str, dict[str, nn.Parameter]] = {}
     buffers: dict[str, dict[str, Tensor]] = {}
@@ -224,8 +233,8 @@ def _make_copies(copied: dict[tuple[str, str], nn.Module]) -> dict[str, tuple[nn
         source = tensor_of(module, name)
         assert source is not None
         if id(source) not in clones:
-            clone = source.detach().clone()
-            clones[id(source)] = nn.Parameter(clone) if isinstance(source, nn.Parameter) else clone
+            trained = isinstance(source, nn.Parameter)
+            clones[id(source)] = as_copy(source, source, dtype) if trained else source.detach().clone()
         copy = clones[id(source)]
         if isinstance(copy, nn.Parameter):
             parameters.setdefault(path, {})[name] = copy
@@ -237,6 +246,7 @@ def _make_copies(copied: dict[tuple[str, str], nn.Module]) -> dict[str, tuple[nn
 
 def install(
     adapter: Adapter,
+    modules: Mapping[str, nn.Module],
     deltas: dict[str, tuple[nn.Module, Delta]],
     copies: dict[str, tuple[nn.Module, Copies]],
     dtype: torch.dtype | None,
@@ -244,24 +254,24 @@ def install(
 ) -> None:
     """Put finished deltas and copies on the model under the adapter's name, and enable it alone.
 
-    dtype: of the deltas; None keeps each as it is. whole: paths of the modules trained whole.
+    modules: those of `base_modules(adapter.model)`. dtype: of the deltas; None keeps each as it is. whole: paths of the
+    modules trained whole.
     """
     model = adapter.model
     for part in (deltas, copies):
         for path, (module, _) in part.items():
             refuse_clash(path, module)
-    base = base_modules(model)
     for module, delta in deltas.values():
         weight: Tensor = module.weight  # type: ignore[assignment]
         if weight.device.type != "cpu" or dtype not in (None, torch.float32):
             delta.to(device=weight.device, dtype=dtype)
     state: ModelState | None = getattr(model, STATE, None)
     if state is None:
-        parameters = base_parameters(base.values())
+        parameters = base_parameters(modules.values())
         state = ModelState({}, [p for p in parameters if p.requires_grad], [])
         for parameter in parameters:
             parameter.requires_grad_(False)
-    for module in base.values():
+    for module in modules.values():
         if frozen_norm_class(module):
             freeze_statistics(module)
             state.frozen_norms.append(module)

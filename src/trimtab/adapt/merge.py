@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from trimtab.adapt.adapter import Adapter, adapters, own_state, set_active, state_of
 from trimtab.adapt.attach import tensor_of
-from trimtab.adapt.module import Adapted, carried, put, restore_module
+from trimtab.adapt.module import Adapted, carried, device_of, put, restore_module
 from trimtab.adapt.probe import Outputs, compare, run_probes
 from trimtab.adapt.select import base_modules, shared_parameters
 from trimtab.deltas.delta import Delta, wide
@@ -82,11 +82,14 @@ class MergeAudit:
 
 @dataclasses.dataclass
 class Merged:
-    """Which adapters are in the weights, in which dtype (None: each weight's own), and what to put back."""
+    """Which adapters are in the weights, in which dtype (None: each weight's own), and what to put back.
+
+    originals: (module, name, the base's own tensor, dtype of the tensor that stands in its place).
+    """
 
     names: tuple[str, ...]
     dtype: torch.dtype | None
-    originals: list[tuple[nn.Module, str, Any]]
+    originals: list[tuple[nn.Module, str, Any, torch.dtype]]
     stripped: list[nn.Module]
 
 
@@ -107,13 +110,15 @@ def merge(
     dtype: of the whole merged model; None keeps each weight's own. float32 loses nothing of ΔW. tokenizer: for
     probe prompts in words; without it seeded token numbers serve. probes: inputs for models that are not
     transformers', each a tensor, tuple or mapping given to the model. Raises MergeError when the merged weights
-    equal the base, UsageError when the weight is tied to a module outside the adapter.
+    equal the base, UsageError when the weight is tied to a module outside the adapter, or when the model was cast since
+    an earlier merge.
     """
     model, state = adapter.model, own_state(adapter)
     already, earlier = (state.merged.names, state.merged.dtype) if state.merged else ((), None)
     if adapter.name in already:
         raise UsageError(f"adapter '{adapter.name}' is merged already")
     _refuse_tied(adapter)
+    _refuse_cast(model, state.merged)
     before, names, dtype = state.active, (*already, adapter.name), dtype or earlier
     try:
         set_active(model, names)
@@ -136,10 +141,15 @@ def merge(
 
 @torch.no_grad()
 def unmerge(adapter: Adapter) -> None:
-    """Put the base's own weight tensors back: exact in every dtype. Other merged adapters stay merged."""
+    """Put the base's own weight tensors back: exact in every dtype. Other merged adapters stay merged.
+
+    Raises UsageError when the adapter is not merged, or when the model was cast to another dtype since; nothing is
+    changed then.
+    """
     state = own_state(adapter)
     if state.merged is None or adapter.name not in state.merged.names:
         raise UsageError(f"adapter '{adapter.name}' is not merged")
+    _refuse_cast(adapter.model, state.merged)
     rest, dtype = tuple(n for n in state.merged.names if n != adapter.name), state.merged.dtype
     _take_out(adapter.model)
     if rest:
@@ -147,8 +157,20 @@ def unmerge(adapter: Adapter) -> None:
     set_active(adapter.model, state.active)
 
 
+def _refuse_cast(model: nn.Module, merged: Merged | None) -> None:
+    """A merged model that was cast would be half of one dtype and half of another with the base's tensors back."""
+    for module, name, original, dtype in merged.originals if merged else ():
+        now = cast("Tensor", tensor_of(module, name)).dtype
+        if now != dtype:
+            path = next(p for p, m in base_modules(model).items() if m is module)
+            raise UsageError(
+                f"{path}.{name} was {dtype} when it was merged and is {now} now, so the model was cast since; the "
+                f"base's own is {original.dtype}, and the two would mix. Cast the model back, model.to({dtype}), first"
+            )
+
+
 def _refuse_tied(adapter: Adapter) -> None:
-    shared = shared_parameters(adapter.model)
+    shared = shared_parameters(base_modules(adapter.model))
     for path, module in adapter.sites.items():
         others = [p for p, _ in shared.get(id(module._parameters.get("weight")), ()) if p != path]
         if path in adapter.deltas and others:
@@ -246,7 +268,7 @@ def _layer_audit(path: str, before: Tensor, after: Tensor, change: Tensor) -> La
 
 def _replace(merged: Merged, module: nn.Module, name: str, tensor: Tensor) -> None:
     holder: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
-    merged.originals.append((module, name, holder[name]))
+    merged.originals.append((module, name, holder[name], tensor.dtype))
     holder[name] = tensor
 
 
@@ -278,7 +300,7 @@ def _take_out(model: nn.Module) -> None:
     state = state_of(model)
     if state.merged is None:
         return
-    for module, name, tensor in reversed(state.merged.originals):
+    for module, name, tensor, _ in reversed(state.merged.originals):
         holder: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
         if tensor.device != holder[name].device:  # the merged model was moved
             tensor.data = tensor.data.to(holder[name].device)
@@ -287,7 +309,7 @@ def _take_out(model: nn.Module) -> None:
     for name, adapter in state.adapters.items():
         for path, module in adapter.sites.items():
             if id(module) in stripped:
-                device = next(t.device for t in module._parameters.values() if t is not None)
+                device = device_of(module)
                 delta, copies = adapter.deltas.get(path), adapter.copies.get(path)
                 put(module, name, delta and delta.to(device), copies and copies.to(device))
     state.merged = None
@@ -295,7 +317,7 @@ def _take_out(model: nn.Module) -> None:
 
 def _copies_differ(adapter: Adapter, dtype: torch.dtype | None) -> bool:
     """Whether a trained copy of this adapter differs from the base's own tensor, both in the merged dtype."""
-    originals = {(id(m), n): t for m, n, t in cast("Merged", state_of(adapter.model).merged).originals}
+    originals = {(id(m), n): t for m, n, t, _ in cast("Merged", state_of(adapter.model).merged).originals}
     return any(
         not torch.equal(_in_dtype(tensor, base, dtype), _in_dtype(base, base, dtype))
         for path, copies in adapter.copies.items()

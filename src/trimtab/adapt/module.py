@@ -6,7 +6,8 @@ holds, parameter names and state-dict keys of the base stay, and taking the delt
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -17,12 +18,33 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from trimtab.deltas.delta import Delta
 from trimtab.errors import UsageError
 
-Routes = tuple[tuple[str | None, Tensor], ...]
-"""(adapter name or None for the base, indices of its rows in the batch), covering the batch once."""
+
+@dataclasses.dataclass(frozen=True)
+class Routes:
+    """Which rows of a batch go through which adapter.
+
+    groups: (adapter name or None for the base, indices of its rows), covering the batch once. order: where each row of
+    the batch is in the groups put one after the other.
+    """
+
+    rows: int
+    groups: tuple[tuple[str | None, Tensor], ...]
+    order: Tensor
+
+    @classmethod
+    def of(cls, names: Sequence[str | None], device: torch.device) -> Routes:
+        """Row i through names[i], with indices on `device`."""
+        indices = {name: [i for i, n in enumerate(names) if n == name] for name in dict.fromkeys(names)}
+        order = torch.tensor([i for own in indices.values() for i in own]).argsort()
+        groups = tuple((name, torch.tensor(own).to(device)) for name, own in indices.items())
+        return cls(len(names), groups, order.to(device))
 
 
 class Copies(nn.Module):
-    """An adapter's own trained copies of some parameters (and buffers) of one module."""
+    """An adapter's own trained copies of some parameters (and buffers) of one module.
+
+    A parameter may be kept in more bits than the base has: it is cast to the base's dtype wherever it stands in for it.
+    """
 
     def __init__(self, parameters: dict[str, nn.Parameter], buffers: dict[str, Tensor]) -> None:
         super().__init__()
@@ -30,6 +52,10 @@ class Copies(nn.Module):
             self.register_parameter(name, parameter)
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer)
+
+    def like(self, base: Mapping[str, Tensor | None]) -> dict[str, Any]:
+        """The parameters in the dtypes of those they stand in for, `base`: the outputs keep theirs."""
+        return {name: p.to(cast("Tensor", base[name]).dtype) for name, p in self._parameters.items() if p is not None}
 
 
 class _Reclassed:
@@ -53,7 +79,7 @@ class Adapted(_Reclassed):
     copies: nn.ModuleDict | None
     """Made only where an adapter trains copies here; most modules have none, and attaching stays quick."""
     _active: tuple[str, ...]
-    _routes: tuple[int, Routes] | None
+    _routes: Routes | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._routes is not None:
@@ -69,7 +95,7 @@ class Adapted(_Reclassed):
         module = cast("nn.Module", self)
         parameters, buffers, training = dict(module._parameters), dict(module._buffers), module.training
         for copy in copies:
-            module._parameters.update(copy._parameters)
+            module._parameters.update(copy.like(parameters))
             if copy._buffers:  # statistics of the adapter's own, which training may move
                 module._buffers.update(copy._buffers)
                 module.training = copy.training
@@ -94,7 +120,8 @@ class Adapted(_Reclassed):
 
     def _routed(self, args: Any, kwargs: Any) -> Any:
         """Each row of the batch through its own adapter: groups of rows, put back in order."""
-        rows, routes = cast("tuple[int, Routes]", self._routes)
+        routes = cast("Routes", self._routes)
+        rows = routes.rows
         batch = next((x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and x.dim()), None)
         if batch is None or batch.shape[0] != rows:
             got = "no batch" if batch is None else f"a batch of {batch.shape[0]}"
@@ -103,21 +130,19 @@ class Adapted(_Reclassed):
                 "give one name for each row, and adapt no module whose input has no batch dimension"
             )
         pieces = []
-        for name, index in routes:
-            own = index.to(batch.device)
+        for name, own in routes.groups:
             picked_args, picked_kwargs = tree_map(lambda x, own=own: _rows(x, own, rows), (args, kwargs))
             pieces.append(tree_flatten(self._as((name,) if name else (), picked_args, picked_kwargs)))
-        order = torch.cat([index for _, index in routes]).argsort().to(batch.device)
-        leaves = [self._joined(parts, routes, order) for parts in zip(*(leaves for leaves, _ in pieces), strict=True)]
+        leaves = [self._joined(parts, routes) for parts in zip(*(leaves for leaves, _ in pieces), strict=True)]
         return tree_unflatten(leaves, pieces[0][1])
 
-    def _joined(self, parts: tuple[Any, ...], routes: Routes, order: Tensor) -> Any:
+    def _joined(self, parts: tuple[Any, ...], routes: Routes) -> Any:
         """One output of every group as the output of the batch."""
         if not isinstance(parts[0], Tensor):
             return parts[0]
-        if any(part.shape[:1] != index.shape for part, (_, index) in zip(parts, routes, strict=True)):
+        if any(part.shape[:1] != index.shape for part, (_, index) in zip(parts, routes.groups, strict=True)):
             raise UsageError(f"rows() cannot route a {self._class_name()}: its output has no batch dimension")
-        return torch.cat(parts)[order]
+        return torch.cat(parts)[routes.order]
 
     def _class_name(self) -> str:
         return type(self).original_class.__name__
@@ -213,8 +238,8 @@ def adapt_module(module: nn.Module) -> None:
     """Give a module the adapted class and room for deltas; nothing when it has them."""
     if isinstance(module, Adapted):
         return
-    module.__class__ = subclass(type(module), Adapted)
     # Written past nn.Module.__setattr__, which is slow: attaching to hundreds of modules is to take milliseconds.
+    object.__setattr__(module, "__class__", subclass(type(module), Adapted))
     vars(module).update(copies=None, _active=(), _routes=None)
     module._modules["deltas"] = _dict_of(module)
 
@@ -235,15 +260,20 @@ def put(module: nn.Module, name: str, delta: Delta | None = None, copies: Copies
         if part is not None and part.training != mode_of(module):
             part.train(mode_of(module))
     if delta is not None:
-        adapted.deltas[name] = delta
+        adapted.deltas._modules[name] = delta  # `check_name` saw to the name
     if copies is not None:
         adapted.copies = _dict_of(module) if adapted.copies is None else adapted.copies
         adapted.copies[name] = copies
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's own parameters are."""
+    return next(t.device for t in module._parameters.values() if t is not None)
+
+
 def carried(module: Adapted) -> set[str]:
     """The names of the adapters that have a delta or copies on a module."""
-    return {*module.deltas, *(module.copies or ())}
+    return {*module.deltas._modules, *(module.copies or ())}
 
 
 def drop(module: nn.Module, name: str) -> None:

@@ -17,6 +17,8 @@ from trimtab.patterns import matches
 
 log = logging.getLogger("trimtab")
 ALL_LINEAR = "all-linear"
+BIASES = {"none": "none", "all": "all", "adapter-only": "lora_only"}
+"""The values of `Placement.bias`, and what PEFT calls each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,8 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
             continue
         seen.add(id(module))
         found[path] = module
+        if not module._modules:
+            continue
         prefix, own = f"{path}." if path else "", ("deltas", "copies") if isinstance(module, Adapted) else ()
         inner = [
             (prefix + name, child) for name, child in module._modules.items() if child is not None and name not in own
@@ -71,14 +75,17 @@ def base_parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
     return list({id(parameter): parameter for parameter in held}.values())
 
 
-def adaptable(model: nn.Module) -> tuple[dict[str, Site], dict[str, str]]:
-    """(sites by path, reasons by path): what can be adapted, and why a module with a weight cannot."""
+def adaptable(modules: Mapping[str, nn.Module]) -> tuple[dict[str, Site], dict[str, str]]:
+    """(sites by path, reasons by path): what can be adapted, and why a module with a weight cannot.
+
+    modules: those of `base_modules`.
+    """
     sites: dict[str, Site] = {}
     refused: dict[str, str] = {}
-    modules = base_modules(model)
     unseen = read_past_forward(modules.values())
     for path, module in modules.items():
-        if not isinstance(getattr(module, "weight", None), nn.Parameter):
+        weight = module._parameters.get("weight")
+        if weight is None:
             continue
         layout = layout_of(module)
         if module in unseen:
@@ -89,8 +96,8 @@ def adaptable(model: nn.Module) -> tuple[dict[str, Site], dict[str, str]]:
             refused[path] = (
                 f"is a {original_class(module).__name__}, which is not a linear, convolution or embedding layer"
             )
-        elif not module.weight.is_floating_point():  # type: ignore[operator]
-            refused[path] = f"holds {module.weight.dtype} numbers: load the model in a floating-point dtype"
+        elif not weight.is_floating_point():
+            refused[path] = f"holds {weight.dtype} numbers: load the model in a floating-point dtype"
         else:
             sites[path] = Site(path, module, layout)
     return sites, refused
@@ -108,14 +115,19 @@ def read_past_forward(modules: Iterable[nn.Module]) -> dict[nn.Module, str]:
     }
 
 
-def choose(model: nn.Module, targets: Sequence[str], exclude: Sequence[str] = ()) -> list[Site]:
-    """The sites that `targets` name and `exclude` does not, in the model's order. UsageError names what is wrong."""
-    sites, refused = adaptable(model)
+def choose(
+    model: nn.Module, modules: Mapping[str, nn.Module], targets: Sequence[str], exclude: Sequence[str] = ()
+) -> list[Site]:
+    """The sites that `targets` name and `exclude` does not, in the model's order. UsageError names what is wrong.
+
+    modules: those of `base_modules(model)`.
+    """
+    sites, refused = adaptable(modules)
     chosen: set[str] = set()
     for target in targets:
         found = _linear_paths(model, sites) if target == ALL_LINEAR else [p for p in sites if matches(target, p)]
         if not found:
-            raise UsageError(_no_match(target, model, sites, refused))
+            raise UsageError(_no_match(target, modules, sites, refused))
         blocked = [p for p in refused if target != ALL_LINEAR and p and matches(target, p)]
         if blocked and not target.startswith("re:") and not any(c in target for c in "*?["):
             raise UsageError(f"target '{target}' names {blocked[0]}, which {refused[blocked[0]]}")
@@ -130,7 +142,7 @@ def choose(model: nn.Module, targets: Sequence[str], exclude: Sequence[str] = ()
     if not chosen:
         raise UsageError("the targets and exclusions leave no module to adapt")
     for path in sorted(refused) if ALL_LINEAR in targets else ():
-        if isinstance(model.get_submodule(path), nn.Linear):
+        if isinstance(modules[path], nn.Linear):
             log.warning("%s is left out of all-linear: it %s", path, refused[path])
     return [site for path, site in sites.items() if path in chosen]
 
@@ -152,11 +164,11 @@ def head_modules(model: nn.Module) -> set[nn.Module]:
     return {h for h in heads if h is not None}
 
 
-def _no_match(target: str, model: nn.Module, sites: dict[str, Site], refused: dict[str, str]) -> str:
+def _no_match(target: str, modules: Mapping[str, nn.Module], sites: dict[str, Site], refused: dict[str, str]) -> str:
     for path in refused:
         if path and matches(target, path):
             return f"target '{target}' names {path}, which {refused[path]}"
-    for path, module in base_modules(model).items():
+    for path, module in modules.items():
         if path and matches(target, path):
             inside = sorted({p.rpartition(".")[2] for p in sites if p.startswith(path + ".")})
             hint = f"; name its layers: {', '.join(inside)}" if inside else ""
@@ -173,10 +185,13 @@ def _near(pattern: str, paths: Iterable[str]) -> str:
     return f"; there are: {', '.join(names[:12])}{', …' if len(names) > 12 else ''}" if names else ""
 
 
-def shared_parameters(model: nn.Module) -> dict[int, list[tuple[str, str]]]:
-    """id of each parameter that several modules hold → [(module path, parameter name)]: the tied weights."""
+def shared_parameters(modules: Mapping[str, nn.Module]) -> dict[int, list[tuple[str, str]]]:
+    """id of each parameter that several modules hold → [(module path, parameter name)]: the tied weights.
+
+    modules: those of `base_modules`.
+    """
     holders: dict[int, list[tuple[str, str]]] = {}
-    for path, module in base_modules(model).items():
+    for path, module in modules.items():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 holders.setdefault(id(parameter), []).append((path, name))

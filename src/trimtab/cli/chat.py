@@ -6,8 +6,8 @@ import dataclasses
 import sys
 from typing import Any
 
+from trimtab.cli.answering import BASE, check_sampling, load_adapters, named_adapters
 from trimtab.cli.common import ModelFlags, Screen, load_model, options
-from trimtab.cli.generate import BASE, check_sampling, load_adapters, named_adapters
 from trimtab.errors import TrimtabError, UsageError, did_you_mean
 from trimtab.options import option
 
@@ -36,7 +36,7 @@ def run(name: str, summary: str, argv: list[str]) -> None:
     loaded = load_model(flags, screen)
     if loaded.tokenizer is None or not loaded.tokenizer.chat_template:
         raise UsageError(f"{flags.model} has no chat template: use trimtab generate --raw")
-    load_adapters(loaded.model, adapters)
+    load_adapters(loaded.model, adapters, screen)
     names = [*adapters, BASE]
     start = [{"role": "system", "content": flags.system}] if flags.system else []
     turns, used = list(start), names[0]

@@ -27,7 +27,7 @@ T = TypeVar("T")
 class Update(Protocol):
     """How far long work is: `done` of `total`, and a note to stand behind its name."""
 
-    def __call__(self, done: int, total: int, note: str = "") -> None: ...
+    def __call__(self, done: float, total: int, note: str = "") -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +80,7 @@ class Screen:
         if not self.console.is_terminal:
             self.console.width = 1000  # tables wrap to fit a terminal, and nothing else
         self._bars: Console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+        self._drawing = False
         log = logging.getLogger("trimtab")
         log.handlers = [_Notes(self)]
         log.setLevel(logging.WARNING if output.quiet else logging.INFO)
@@ -88,7 +89,9 @@ class Screen:
     def say(self, text: str = "", style: str | None = None) -> None:
         """One line for a person."""
         if not self.output.quiet:
-            self.console.print(text, style=style, markup=False)
+            # A line on the terminal that a bar is drawn on goes through that bar, which moves down beneath it.
+            console = self._bars if self._drawing and self.console.file.isatty() else self.console
+            console.print(text, style=style, markup=False)
 
     def warn(self, text: str) -> None:
         """One line that must not be missed, on standard error."""
@@ -106,28 +109,26 @@ class Screen:
 
     @contextmanager
     def progress(self, what: str, unit: str = "items") -> Iterator[Update]:
-        """A bar with rate and time left, for long work. Quiet off a terminal."""
-        from rich import progress as bars
+        """Long work drawn on a terminal, and nowhere else.
 
-        class Rate(bars.ProgressColumn):
-            def render(self, task: bars.Task) -> Any:
-                speed = task.finished_speed or task.speed
-                if not speed:
-                    return ""
-                return f"{speed:.1f} {unit}/s" if speed >= 1 else f"{1 / speed:.1f} s/{unit.removesuffix('s')}"
+        A bar with rate and time left once `update` has told a count; until then, or for good where there is none, the
+        seconds so far. Not to be nested.
+        """
+        if self.output.quiet or not self._bars.is_terminal:
+            yield lambda done, total, note="": None
+            return
+        from trimtab.cli.bars import drawn
 
-        shown = self._bars.is_terminal and not self.output.quiet
-        columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn(), Rate())
-        left = (bars.TextColumn("ETA"), bars.TimeRemainingColumn())
-        # Averaged over minutes: steps may take many seconds, and differ, for batches differ in length.
-        slow = {"speed_estimate_period": 300.0, "disable": not shown}
-        with bars.Progress(*columns, *left, console=self._bars, **slow) as bar:  # type: ignore[arg-type]
-            task = bar.add_task(what, total=None)
+        with drawn(self._bars, what, unit) as (bar, task):
 
-            def update(done: int, total: int, note: str = "") -> None:
+            def update(done: float, total: int, note: str = "") -> None:
                 bar.update(task, completed=done, total=total, description=f"{what}{note}")
 
-            yield update
+            self._drawing = True
+            try:
+                yield update
+            finally:
+                self._drawing = False
 
 
 class _Notes(logging.Handler):
@@ -142,27 +143,53 @@ class _Notes(logging.Handler):
         self.screen.warn(text) if record.levelno >= logging.WARNING else self.screen.note(text)
 
 
+def load_libraries(screen: Screen) -> None:
+    """Import torch and transformers, which takes seconds, so that nothing later is held up by it unexplained."""
+    with screen.progress("loading torch and transformers"):
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+
+
 def load_model(flags: ModelName, screen: Screen, kind: str = "causal-lm") -> Any:
     """The model that the flags name. With ModelFlags, threads and dtype are chosen and told."""
+    load_libraries(screen)
     import torch
 
     from trimtab.models.load import load
     from trimtab.train.machine import choose
 
     machine = choose(flags.threads, flags.dtype) if isinstance(flags, ModelFlags) else None
-    device = "cuda" if torch.cuda.is_available() else None
-    loaded: Any = load(
-        flags.model,
-        dtype=machine.dtype if machine else None,
-        device=device,
-        trust_remote_code=flags.trust_remote_code,
-        kind=kind,  # type: ignore[arg-type]
-        progress=screen.note,
-    )
+    find_model(flags.model, screen, trust_remote_code=flags.trust_remote_code, kind=kind)
+    with screen.progress(f"loading {flags.model}"):
+        loaded: Any = load(
+            flags.model,
+            dtype=machine.dtype if machine else None,
+            device="cuda" if torch.cuda.is_available() else None,
+            trust_remote_code=flags.trust_remote_code,
+            kind=kind,  # type: ignore[arg-type]
+        )
     size = f"{loaded.model.num_parameters():,} parameters in {str(loaded.model.dtype).removeprefix('torch.')}"
     threads = "" if machine is None else f", {machine.threads} thread{'s' * (machine.threads > 1)} ({machine.reason})"
     screen.note(f"{flags.model}: {size}{threads}")
     return loaded
+
+
+def need_tokenizer(loaded: Any) -> None:
+    """UsageError for a model that cannot read text."""
+    if loaded.tokenizer is None:
+        raise UsageError(f"{loaded.name} has no tokenizer, so it cannot read text")
+
+
+def find_model(name: str, screen: Screen, *, trust_remote_code: bool, kind: str = "causal-lm") -> Path:
+    """The folder of the model called `name`; GGUF is converted and a hub id fetched if need be."""
+    from trimtab.models.embedded import EMBEDDED
+    from trimtab.models.load import find
+
+    options: dict[str, Any] = {"kind": kind, "trust_remote_code": trust_remote_code, "progress": screen.note}
+    if name not in EMBEDDED and not Path(name).expanduser().exists():
+        return find(name, **options)  # with the hub's own bars, which one of ours around them would garble
+    with screen.progress(f"looking up {name}"):
+        return find(name, **options)
 
 
 def program() -> str:

@@ -7,7 +7,8 @@ import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.cli.common import Screen, options
+from trimtab.cli.common import Screen, find_model, load_libraries, options
+from trimtab.cli.data import LAYOUTS, encode_rows, inspect_rows, read_rows
 from trimtab.errors import UsageError
 from trimtab.options import option
 
@@ -20,7 +21,9 @@ class InspectFlags:
     file: str = option(help="data file or hub data set", positional=True)
     model: str = option(help="the model whose tokenizer and chat template will be used")
     against: str | None = option(None, "evaluation file to look for among the rows")
-    layout: str = option("auto", "auto, alpaca, messages, sharegpt, prompt-completion or text")
+    layout: str = option("auto", LAYOUTS)
+    split: str = option("train", "split of FILE, where that is a hub data set")
+    against_split: str = option("train", "split of the evaluation data, where that is a hub data set")
     max_length: int = option(512, "the limit on an example's tokens that training will have")
     limit: int | None = option(None, "look at the first so many rows")
     show: int = option(2, "examples to show token by token")
@@ -31,17 +34,13 @@ def run(name: str, summary: str, argv: list[str]) -> None:
     """Read, encode, report; exit code 2 when training would refuse the file."""
     flags, output = options(InspectFlags, name, summary, argv)
     screen = Screen(output)
-    from trimtab.data.encode import encode
-    from trimtab.data.inspect import inspect
-    from trimtab.data.read import read
-    from trimtab.models.load import find, load_tokenizer
-
-    source = read(flags.file, layout=flags.layout, limit=flags.limit, keep_incomplete=True)
+    common: dict[str, Any] = {"layout": flags.layout, "keep_incomplete": True}
+    source = read_rows(flags.file, screen, split=flags.split, limit=flags.limit, **common)
     screen.say(source.describe(), style="bold")
-    against = read(flags.against, layout=flags.layout, keep_incomplete=True) if flags.against else None
-    tokenizer = _tokenizer(flags, find, load_tokenizer, screen)
-    examples = encode(source, tokenizer, max_length=flags.max_length)
-    found = inspect(source, examples, tokenizer, max_length=flags.max_length, against=against)
+    against = read_rows(flags.against, screen, split=flags.against_split, **common) if flags.against else None
+    tokenizer = _tokenizer(flags, screen)
+    examples = encode_rows(source, tokenizer, flags.max_length, screen)
+    found = inspect_rows(source, examples, tokenizer, flags.max_length, against, screen)
     for example in examples[: flags.show]:
         _show(example, tokenizer, screen)
     _figures(found, screen)
@@ -50,12 +49,15 @@ def run(name: str, summary: str, argv: list[str]) -> None:
         raise UsageError(f"{Path(flags.file).name} cannot be trained on: {'; '.join(found.errors)}")
 
 
-def _tokenizer(flags: InspectFlags, find: Any, load_tokenizer: Any, screen: Screen) -> Any:
+def _tokenizer(flags: InspectFlags, screen: Screen) -> Any:
+    load_libraries(screen)
     from trimtab.models.embedded import EMBEDDED
+    from trimtab.models.load import load_tokenizer
 
     kind = EMBEDDED[flags.model].kind if flags.model in EMBEDDED else "causal-lm"
-    path = find(flags.model, kind=kind, trust_remote_code=flags.trust_remote_code, progress=screen.note)
-    tokenizer = load_tokenizer(path, trust_remote_code=flags.trust_remote_code)
+    path = find_model(flags.model, screen, trust_remote_code=flags.trust_remote_code, kind=kind)
+    with screen.progress(f"loading the tokenizer of {flags.model}"):
+        tokenizer = load_tokenizer(path, trust_remote_code=flags.trust_remote_code)
     if tokenizer is None:
         raise UsageError(f"{flags.model} has no tokenizer")
     return tokenizer

@@ -11,19 +11,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.cli.common import ModelFlags, Screen, load_model, new_run, options, program
+from trimtab.cli.common import ModelFlags, Screen, load_model, need_tokenizer, new_run, options, program
+from trimtab.cli.data import encode_for_training, encode_rows, read_rows
 from trimtab.cli.recipe import Recipe, build_recipe, resolved, write_config
-from trimtab.cli.train import attach_recipe, fit_run
+from trimtab.cli.training import attach_recipe, fit_run
 from trimtab.files import write_whole
 from trimtab.options import option
 
 if TYPE_CHECKING:
     from trimtab.adapt.adapter import Adapter
     from trimtab.adapt.merge import MergeAudit
+    from trimtab.data.encode import Example
     from trimtab.tasks.likelihood import ChoiceResult
     from trimtab.tasks.naming import NamingScore, NamingTask
 
 MAX_LENGTH = 512
+SIDES = ("train", "test", "evaluation")
 EVALUATED = 32  # of the test functions, for the loss while training: enough to see it fall
 ANSWER_TOKENS = 16  # names of the standard library take 4 tokens in the median, 12 at most nearly always
 
@@ -54,12 +57,7 @@ def run(name: str, summary: str, argv: list[str]) -> None:
     flags, output = options(DemoFlags, name, summary, argv)
     screen = Screen(output)
     started = time.perf_counter()
-    from trimtab.tasks import naming
-    from trimtab.train.loop import peak_rss_bytes
-
-    task = naming.build(
-        Path(flags.code) if flags.code else None, train=flags.functions, test=flags.test_functions, seed=flags.seed
-    )
+    task = _build(flags, screen)
     folder = new_run(flags.out, "demo")
     screen.say(
         "Teach a small language model to name Python functions, and see what it gains and forgets.", style="bold"
@@ -69,20 +67,32 @@ def run(name: str, summary: str, argv: list[str]) -> None:
         f"({len(task.modules_train)} and {len(task.modules_test)} modules)"
     )
     loaded = load_model(flags, screen)
+    need_tokenizer(loaded)
+    from trimtab.train.loop import peak_rss_bytes
+
     system = takes_system(loaded.tokenizer)
     recipe = resolved(_recipe(flags, task, folder, system), loaded)
     write_config(recipe, folder)
+    examples, evaluation = _encode(recipe, loaded.tokenizer, folder, screen)
     before = measure(loaded, task, system, screen, "before")
-    adapter, result = _train(recipe, loaded, task, folder, screen)
+    adapter, result = _train(recipe, loaded, examples, evaluation, folder, screen)
     after = measure(loaded, task, system, screen, "after")
     audit, merged = _deliver(adapter, loaded, folder, screen)
     result |= gains(task, before, after)
     result |= {"merged": str(merged), "audit": str(folder / "audit.json"), "training_seconds": result["seconds"]}
     result |= {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak_rss_bytes()}
     result |= {"run": str(folder), "report": str(folder / "report.html")}
-    _write(folder, task, before, after, audit, result)
+    _write(folder, task, before, after, audit, result, screen)
     _tell(task, before, after, result, flags, screen)
     screen.result(result)
+
+
+def _build(flags: DemoFlags, screen: Screen) -> NamingTask:
+    from trimtab.tasks import naming
+
+    code = Path(flags.code) if flags.code else None
+    with screen.progress("reading code", "files") as update:
+        return naming.build(code, train=flags.functions, test=flags.test_functions, seed=flags.seed, progress=update)
 
 
 def takes_system(tokenizer: Any) -> bool:
@@ -98,8 +108,7 @@ def _recipe(flags: DemoFlags, task: NamingTask, folder: Path, system: bool) -> R
     """The run as a recipe that `trimtab train --config` takes, with its data beside it."""
     from trimtab.tasks import naming
 
-    sides = {"train": task.train, "test": task.test, "evaluation": task.test[:EVALUATED]}
-    for side, functions in sides.items():
+    for side, functions in zip(SIDES, (task.train, task.test, task.test[:EVALUATED]), strict=True):
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in naming.rows(functions, system))
         write_whole(folder / "data" / f"{side}.jsonl", lines)
     flat = {
@@ -146,17 +155,19 @@ def measure(loaded: Any, task: NamingTask, system: bool, screen: Screen, when: s
     return Skill(answers, score, knowledge)
 
 
-def _train(
-    recipe: Recipe, loaded: Any, task: NamingTask, folder: Path, screen: Screen
-) -> tuple[Adapter, dict[str, Any]]:
-    from trimtab.data.encode import encode
-    from trimtab.data.read import read
+def _encode(recipe: Recipe, tokenizer: Any, folder: Path, screen: Screen) -> tuple[list[Example], list[Example]]:
+    """The examples for training, checked as `trimtab train` checks its data, and those for evaluation."""
+    train, test, evaluation = (read_rows(str(folder / "data" / f"{side}.jsonl"), screen) for side in SIDES)
+    limit = recipe.data.max_length
+    # Against all the test functions: the evaluation while training has only some of them.
+    examples = encode_for_training(train, tokenizer, limit, test, screen)
+    return examples, encode_rows(evaluation, tokenizer, limit, screen)
 
-    files = recipe.data.data, recipe.data.eval_data
-    examples, evaluation = (
-        encode(read(file), loaded.tokenizer, max_length=recipe.data.max_length) for file in files if file
-    )
-    adapter = attach_recipe(recipe, loaded.model)
+
+def _train(
+    recipe: Recipe, loaded: Any, examples: list[Example], evaluation: list[Example], folder: Path, screen: Screen
+) -> tuple[Adapter, dict[str, Any]]:
+    adapter = attach_recipe(recipe, loaded.model, screen)
     result = fit_run(recipe, adapter, loaded.tokenizer, examples, evaluation, folder, screen, [])
     screen.say(f"trained {result['trainable_parameters']:,} parameters in {result['seconds']:.0f} s")
     return adapter, result
@@ -165,9 +176,11 @@ def _train(
 def _deliver(adapter: Adapter, loaded: Any, folder: Path, screen: Screen) -> tuple[MergeAudit, Path]:
     import trimtab
 
-    audit = trimtab.merge(adapter, tokenizer=loaded.tokenizer)
+    with screen.progress("merging and auditing"):
+        audit = trimtab.merge(adapter, tokenizer=loaded.tokenizer)
     screen.say(audit.summary())
-    return audit, trimtab.save_merged(loaded.model, folder / "merged", tokenizer=loaded.tokenizer)
+    with screen.progress("writing the merged model"):
+        return audit, trimtab.save_merged(loaded.model, folder / "merged", tokenizer=loaded.tokenizer)
 
 
 def gains(task: NamingTask, before: Skill, after: Skill) -> dict[str, Any]:
@@ -175,16 +188,18 @@ def gains(task: NamingTask, before: Skill, after: Skill) -> dict[str, Any]:
 
     Functions of one module are alike, so their intervals resample modules.
     """
+    from trimtab.tasks.knowledge import questions
     from trimtab.tasks.statistics import bootstrap, paired_bootstrap
 
     chance, modules = task.chance(), [function.module for function in task.test]
     found: dict[str, Any] = {}
-    rows: Sequence[tuple[str, Any, Any, float, list[str] | None]] = (
-        ("subtoken_f1", before.naming.f1, after.naming.f1, chance.subtoken_f1, modules),
-        ("exact_match", before.naming.exact, after.naming.exact, chance.exact_match, modules),
-        ("knowledge", before.knowledge.correct, after.knowledge.correct, before.knowledge.chance, None),
+    asked = [question.question for question in questions()]
+    rows: Sequence[tuple[str, Any, Any, float, str, list[str]]] = (
+        ("subtoken_f1", before.naming.f1, after.naming.f1, chance.subtoken_f1, "whole modules", modules),
+        ("exact_match", before.naming.exact, after.naming.exact, chance.exact_match, "whole modules", modules),
+        ("knowledge", before.knowledge.correct, after.knowledge.correct, before.knowledge.chance, "questions", asked),
     )
-    for name, old, new, null, groups in rows:
+    for name, old, new, null, unit, groups in rows:
         ends = {key: bootstrap(values, groups=groups) for key, values in (("before", old), ("after", new))}
         change = paired_bootstrap(old, new, groups=groups)
         found[name] = {
@@ -194,6 +209,8 @@ def gains(task: NamingTask, before: Skill, after: Skill) -> dict[str, Any]:
             "interval_before": [ends["before"].low, ends["before"].high],
             "interval_after": [ends["after"].low, ends["after"].high],
             "interval_of_change": [change.low, change.high],
+            "resampled": unit,
+            "resampled_number": len(set(groups)),
             "chance": null,
             "items": len(new),
         }
@@ -201,18 +218,26 @@ def gains(task: NamingTask, before: Skill, after: Skill) -> dict[str, Any]:
 
 
 def _write(
-    folder: Path, task: NamingTask, before: Skill, after: Skill, audit: MergeAudit, result: dict[str, Any]
+    folder: Path,
+    task: NamingTask,
+    before: Skill,
+    after: Skill,
+    audit: MergeAudit,
+    result: dict[str, Any],
+    screen: Screen,
 ) -> None:
     from trimtab.report.page import write_report
+    from trimtab.report.record import write_audit, write_result, write_samples
 
     samples = [
         {"prompt": f.code, "expected": f.name, "before": old, "after": new}
         for f, old, new in zip(task.test, before.answers, after.answers, strict=True)
     ]
-    write_whole(folder / "samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
-    write_whole(folder / "audit.json", json.dumps(audit.to_dict(), indent=2) + "\n")
-    write_whole(folder / "result.json", json.dumps(result, indent=2) + "\n")
-    write_report(folder)
+    write_samples(folder, samples)
+    write_audit(folder, audit)
+    write_result(folder, result)
+    with screen.progress("drawing the report"):
+        write_report(folder)
 
 
 def _tell(

@@ -22,11 +22,13 @@ def run(name: str, summary: str, argv: list[str]) -> None:
     flags, output = options(ExportFlags, name, summary, argv)
     refuse_unwritable(Path(flags.out))
     screen = Screen(output)
+    loaded = load_model(flags, screen)
     import trimtab
     from trimtab.formats.peft import export_peft
 
-    loaded = load_model(flags, screen)
-    adapter = trimtab.load(loaded.model, flags.adapter)
-    folder = export_peft(adapter, flags.out)
+    with screen.progress("loading the adapter"):
+        adapter = trimtab.load(loaded.model, flags.adapter)
+    with screen.progress("writing the adapter"):
+        folder = export_peft(adapter, flags.out)
     screen.say(f"{flags.format} adapter: {folder}")
     screen.result({"adapter": str(folder), "format": flags.format})

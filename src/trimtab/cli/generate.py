@@ -7,11 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from trimtab.cli.common import ModelFlags, Screen, load_model, options
-from trimtab.errors import UsageError, did_you_mean, problems_to_error
+from trimtab.cli.answering import BASE, check_sampling, load_adapters, named_adapters
+from trimtab.cli.common import ModelFlags, Screen, load_model, need_tokenizer, options
+from trimtab.errors import UsageError, did_you_mean
 from trimtab.options import option
-
-BASE = "base"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,12 +19,13 @@ class GenerateFlags(ModelFlags):
     adapter: tuple[str, ...] = option((), "adapter folders, each as DIR or NAME=DIR")
     use: tuple[str, ...] = option((), "names of the adapters to answer with; by default each given one (base: none)")
     rows: str | None = option(
-        None, 'JSONL file of {"prompt": ..., "adapter": NAME or null}; answered together, each with its own adapter'
+        None,
+        'JSONL file of {"prompt": ..., "adapter": NAME or null}; all answered in one batch, each with its own adapter',
     )
     raw: bool = option(False, "give the prompt to the model as it is, without its chat template")
     max_new_tokens: int = option(128, "longest answer in tokens")
     temperature: float = option(0.0, "0 takes the likeliest token; above 0 samples")
-    batch_size: int = option(16, "prompts to one batch")
+    batch_size: int | None = option(None, "prompts to one batch, for where memory is short; by default all at once")
     seed: int = option(0, "of sampling")
 
 
@@ -37,11 +37,10 @@ def run(name: str, summary: str, argv: list[str]) -> None:
     requests = _requests(flags, list(adapters))
     screen = Screen(output)
     loaded = load_model(flags, screen)
-    if loaded.tokenizer is None:
-        raise UsageError(f"{flags.model} has no tokenizer, so it cannot read a prompt")
+    need_tokenizer(loaded)
     if not flags.raw and not loaded.tokenizer.chat_template:
         raise UsageError(f"{flags.model} has no chat template: give --raw to continue the prompts as they are")
-    load_adapters(loaded.model, adapters)
+    load_adapters(loaded.model, adapters, screen)
     answers = _answer(flags, loaded, requests, screen)
     results = [
         {"prompt": prompt, "adapter": used, "answer": answer}
@@ -53,44 +52,6 @@ def run(name: str, summary: str, argv: list[str]) -> None:
         if not output.json:
             print(row["answer"])  # as it is: the console would take marks and control characters out
     screen.result({"answers": results})
-
-
-def check_sampling(max_new_tokens: int, temperature: float, batch_size: int = 1) -> None:
-    """UsageError for what no answer can be made with, told before the model is loaded."""
-    problems = [
-        f"{name} is {value}, but must be at least 1"
-        for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size))
-        if value < 1
-    ]
-    if temperature < 0:
-        problems.append(f"temperature is {temperature}, but must be at least 0")
-    problems_to_error(problems, "generation")
-
-
-def named_adapters(given: tuple[str, ...]) -> dict[str, str]:
-    """Folder by name, from DIR (named after the folder) or NAME=DIR. UsageError for a name given twice."""
-    found: dict[str, str] = {}
-    for item in given:
-        name, equals, folder = (item, "", "") if Path(item).is_dir() else item.partition("=")
-        if not equals:
-            path = Path(item)
-            name, folder = path.name if path.name != "adapter" else path.absolute().parent.name, item
-        if name in found or name == BASE:
-            raise UsageError(
-                f"adapter name '{name}' is {'taken: it is the model itself' if name == BASE else 'given twice'}"
-            )
-        if not Path(folder).is_dir():
-            raise UsageError(f"adapter '{name}': there is no folder {folder}")
-        found[name] = folder
-    return found
-
-
-def load_adapters(model: Any, adapters: dict[str, str]) -> None:
-    """Put every adapter on the model; the last one stays enabled."""
-    import trimtab
-
-    for name, folder in adapters.items():
-        trimtab.load(model, folder, name=name)
 
 
 def _requests(flags: GenerateFlags, names: list[str]) -> list[tuple[str, str | None]]:
@@ -156,7 +117,7 @@ def _answer(flags: GenerateFlags, loaded: Any, requests: list[tuple[str, str | N
             loaded.tokenizer,
             prompts,
             max_new_tokens=flags.max_new_tokens,
-            batch_size=flags.batch_size,
+            batch_size=flags.batch_size or len(prompts),
             temperature=flags.temperature,
             seed=flags.seed,
             progress=update,

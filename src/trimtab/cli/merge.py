@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Literal
 
@@ -25,19 +24,22 @@ def run(name: str, summary: str, argv: list[str]) -> None:
     flags, output = options(MergeFlags, name, summary, argv)
     refuse_taken(flags.out)
     screen = Screen(output)
-    import trimtab
-    from trimtab.files import write_whole
-    from trimtab.train.machine import DTYPES
-
     loaded = load_model(flags, screen)
-    adapter = trimtab.load(loaded.model, flags.adapter)
-    dtype = None if flags.dtype == "auto" else DTYPES[flags.dtype]
-    audit = trimtab.merge(adapter, dtype=dtype, tokenizer=loaded.tokenizer)
+    import trimtab
+    from trimtab.models.dtypes import torch_dtype
+    from trimtab.report.record import write_audit
+
+    with screen.progress("loading the adapter"):
+        adapter = trimtab.load(loaded.model, flags.adapter)
+    dtype = None if flags.dtype == "auto" else torch_dtype(flags.dtype)
+    with screen.progress("merging and auditing"):
+        audit = trimtab.merge(adapter, dtype=dtype, tokenizer=loaded.tokenizer)
     screen.say(audit.summary())
-    folder = trimtab.save_merged(loaded.model, flags.out, tokenizer=loaded.tokenizer)
+    with screen.progress("writing the merged model"):
+        folder = trimtab.save_merged(loaded.model, flags.out, tokenizer=loaded.tokenizer)
     run_folder = Path(flags.adapter).parent
     for place in (folder, run_folder) if (run_folder / "config.yaml").exists() else (folder,):
         # Beside the run the adapter came from, too, so that its report shows what the merge came to.
-        write_whole(place / "audit.json", json.dumps(audit.to_dict(), indent=2) + "\n")
+        write_audit(place, audit)
     screen.say(f"merged model: {folder} (audit in {folder / 'audit.json'})")
     screen.result({"merged": str(folder), "audit": audit.to_dict()})

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from trimtab.cli.common import ModelFlags, Output, own
+from trimtab.cli.data import LAYOUTS
 from trimtab.cli.flags import parse
 from trimtab.deltas import DEFAULT, METHODS, method_class, method_spec
 from trimtab.errors import UsageError, did_you_mean, problems_to_error
@@ -27,7 +28,9 @@ class DataFlags:
     eval_data: str | None = option(
         None, "evaluation file: its loss is measured, and its overlap with the training data told"
     )
-    layout: str = option("auto", "auto, alpaca, messages, sharegpt, prompt-completion or text")
+    layout: str = option("auto", LAYOUTS)
+    split: str = option("train", "split of the training data, where that is a hub data set")
+    eval_split: str = option("train", "split of the evaluation data, where that is a hub data set")
     limit: int | None = option(None, "use the first so many rows of the training data")
     max_length: int = option(512, "longest example in tokens; the rest is cut off, and said")
 
@@ -60,6 +63,12 @@ class RunFlags:
 
     out: str | None = option(None, "the run's folder; by default runs/train-N")
     resume: bool = option(False, "go on with the run in --out, as its config.yaml says, from its newest checkpoint")
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordFlags:
+    """What the run records besides its figures."""
+
     log_to: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = option(
         (), "also log to these, through their own libraries"
     )
@@ -75,17 +84,27 @@ class Recipe:
     method: Method
     place: PlaceFlags
     training: Settings
+    record: RecordFlags
     run: RunFlags
 
     def to_dict(self) -> dict[str, Any]:
         """Flat keys and values, as in a YAML recipe; what says where the run goes is left out."""
         method = self.method.options()
         flat = {**to_mapping(self.model), **to_mapping(self.data), "method": method.pop("name"), **method}
-        return {**flat, **to_mapping(self.place), **to_mapping(self.training)}
+        return {**flat, **to_mapping(self.place), **to_mapping(self.training), **to_mapping(self.record)}
 
 
-GROUPS = {"model": ModelFlags, "data": DataFlags, "place": PlaceFlags, "training": Settings, "run": RunFlags}
-TITLES = {"model": "model", "data": "data", "place": "where the method goes", "training": "training", "run": "run"}
+GROUPS = {
+    "model": ModelFlags,
+    "data": DataFlags,
+    "place": PlaceFlags,
+    "training": Settings,
+    "record": RecordFlags,
+    "run": RunFlags,
+}
+TITLES = {**{key: key for key in GROUPS}, "place": "where the method goes"}
+FREE = ("threads", *(field.name for field in dataclasses.fields(RecordFlags)))
+"""What may differ when a run is resumed: it comes to the same adapter."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,15 +202,17 @@ def same_run(recipe: Recipe, folder: Path) -> Recipe:
 
     UsageError names every key that differs: it would not be the run that was interrupted.
     """
-    before = read_yaml(str(folder / "config.yaml"))
+    file = str(folder / "config.yaml")
+    # Built anew, so that a key that was not known yet when the run began has its default.
+    before = build_recipe({"method": DEFAULT, **read_yaml(file)}, file).to_dict()
     model = recipe.model
     if model.dtype == "auto":
-        model = dataclasses.replace(model, dtype=before.get("dtype", "auto"))
+        model = dataclasses.replace(model, dtype=before["dtype"])
     if model.threads is None:
-        model = dataclasses.replace(model, threads=before.get("threads"))
+        model = dataclasses.replace(model, threads=before["threads"])
     recipe = dataclasses.replace(recipe, model=model)
     now = recipe.to_dict()
-    keys = [key for key in {**before, **now} if key != "threads" and before.get(key) != now.get(key)]
+    keys = [key for key in {**before, **now} if key not in FREE and before.get(key) != now.get(key)]
     changed = [f"{key} was {before.get(key)!r}, and is {now.get(key)!r} now" for key in keys]
     problems_to_error(changed, f"{folder} was started with another recipe")
     return recipe

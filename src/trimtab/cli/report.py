@@ -24,7 +24,11 @@ def run(name: str, summary: str, argv: list[str]) -> None:
 
     if flags.out and len(flags.run) > 1:
         raise UsageError("--out names one page, but there are several runs: leave it out")
-    pages = [write_report(Path(folder), out=Path(flags.out) if flags.out else None) for folder in flags.run]
+    pages = []
+    with screen.progress("drawing reports", "reports") as update:
+        for folder in flags.run:
+            pages.append(write_report(Path(folder), out=Path(flags.out) if flags.out else None))
+            update(len(pages), len(flags.run))
     for page in pages:
         screen.say(f"report: {page}")
     screen.result({"report": [str(page) for page in pages]})

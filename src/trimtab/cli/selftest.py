@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from trimtab.cli.common import ModelFlags, Screen, load_model, options
+from trimtab.cli.common import ModelFlags, Screen, load_libraries, load_model, options
 from trimtab.deltas import DEFAULT, METHODS, make_method, method_spec
 from trimtab.errors import TrimtabError
 from trimtab.options import option
@@ -22,21 +22,26 @@ def run(name: str, summary: str, argv: list[str]) -> None:
     flags, output = options(SelftestFlags, name, summary, argv)
     method_spec(flags.method)
     screen = Screen(output)
+    load_libraries(screen)
     import logging
 
-    from trimtab.selftest import Check, selftest, tiny_model
+    from trimtab.selftest import CHECKS, Check, selftest, tiny_model
 
     model: Any = load_model(flags, screen).model if flags.model else tiny_model()
-
-    def show(check: Check) -> None:
-        limit = "every bit" if check.allowed == 0 else f"at most {check.allowed:.0e}"
-        state = "ok  " if check.passed else "FAIL"
-        screen.say(
-            f"{state} {check.name}: {check.difference:.1e} ({limit})", style=None if check.passed else "bold red"
-        )
-
     logging.getLogger("trimtab").setLevel(logging.WARNING)  # every check attaches and merges anew
-    checks = selftest(model, make_method(flags.method), show)
+    done = 0
+    with screen.progress("checking", "checks") as update:
+
+        def show(check: Check) -> None:
+            nonlocal done
+            done += 1
+            limit = "every bit" if check.allowed == 0 else f"at most {check.allowed:.0e}"
+            state, style = ("ok  ", None) if check.passed else ("FAIL", "bold red")
+            screen.say(f"{state} {check.name}: {check.difference:.1e} ({limit})", style=style)
+            update(done, len(CHECKS))
+
+        update(0, len(CHECKS))
+        checks = selftest(model, make_method(flags.method), show)
     screen.result({"passed": all(c.passed for c in checks), "checks": [dataclasses.asdict(c) for c in checks]})
     failed = [check.name.split(":")[0] for check in checks if not check.passed]
     if failed:

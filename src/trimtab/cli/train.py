@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.cli.common import Screen, load_model, new_run, program
-from trimtab.cli.recipe import Recipe, read_recipe, resolved, same_run, write_config
-from trimtab.errors import TrimtabError, UsageError
+from trimtab.cli.common import Screen, load_model, need_tokenizer, new_run, program
+from trimtab.cli.data import encode_for_training, encode_rows, read_rows
+from trimtab.cli.recipe import DataFlags, Recipe, read_recipe, resolved, same_run, write_config
+from trimtab.cli.training import attach_recipe, fit_run
+from trimtab.errors import TrimtabError
 
 if TYPE_CHECKING:
     from trimtab.adapt.adapter import Adapter
-    from trimtab.data.encode import Example
     from trimtab.data.read import Source
-    from trimtab.train.loop import FitResult, StepReport
 
 SAMPLE_TOKENS = 48  # enough to see the kind of answer; a sample is no measurement
 
@@ -46,117 +45,39 @@ def run(name: str, summary: str, argv: list[str]) -> None:
 
 def train(recipe: Recipe, folder: Path, screen: Screen) -> dict[str, Any]:
     """Train as a recipe says, in a run folder. Returns the run's result, also written to result.json."""
+    source, held_out = read_sources(recipe.data, screen)
+    loaded = load_model(recipe.model, screen)
+    need_tokenizer(loaded)
+    from trimtab.report.record import write_samples
     from trimtab.train.metrics import make_logger
 
-    sources = read_sources(recipe, screen)
-    loaded = load_model(recipe.model, screen)
-    examples, evaluation = encode_sources(recipe, *sources, loaded.tokenizer, screen)
-    adapter = attach_recipe(recipe, loaded.model)
+    limit = recipe.data.max_length
+    examples = encode_for_training(source, loaded.tokenizer, limit, held_out, screen)
+    evaluation = encode_rows(held_out, loaded.tokenizer, limit, screen) if held_out else []
+    adapter = attach_recipe(recipe, loaded.model, screen)
     recipe = resolved(recipe, loaded)
-    loggers = [make_logger(name, folder) for name in recipe.run.log_to]
+    loggers = [make_logger(name, folder) for name in recipe.record.log_to]
     write_config(recipe, folder)
     result = fit_run(recipe, adapter, loaded.tokenizer, examples, evaluation, folder, screen, loggers)
     try:
-        write_samples(folder, adapter, loaded, sources[1] or sources[0], recipe.run.samples, screen)
+        if samples := answer_samples(adapter, loaded, held_out or source, recipe.record.samples, screen):
+            write_samples(folder, samples)
     except TrimtabError as error:  # the run is done and saved; samples only illustrate it
         screen.warn(f"no samples for the report: {error}")
     return result
 
 
-def attach_recipe(recipe: Recipe, model: Any) -> Adapter:
-    """The recipe's method on its targets, with provenance."""
-    import trimtab
-    from trimtab.train.machine import DTYPES
-
-    place = recipe.place
-    adapter = trimtab.attach(
-        model,
-        recipe.method,
-        targets=place.targets,
-        exclude=place.exclude,
-        bias=place.bias,
-        extra_modules=place.extra_modules,
-        slices=place.parts(),
-        seed=recipe.training.seed,
-        dtype=DTYPES[place.adapter_dtype],
-    )
-    adapter.provenance["base_model"] = recipe.model.model
-    return adapter
-
-
-def read_sources(recipe: Recipe, screen: Screen) -> tuple[Source, Source | None]:
+def read_sources(flags: DataFlags, screen: Screen) -> tuple[Source, Source | None]:
     """The training and evaluation rows, read before the model is loaded: a wrong file is told at once."""
-    from trimtab.data.read import read
-
-    flags = recipe.data
-    source = read(flags.data, layout=flags.layout, limit=flags.limit)
+    source = read_rows(flags.data, screen, layout=flags.layout, split=flags.split, limit=flags.limit)
     screen.say(source.describe())
-    return source, read(flags.eval_data, layout=flags.layout) if flags.eval_data else None
+    if flags.eval_data is None:
+        return source, None
+    return source, read_rows(flags.eval_data, screen, layout=flags.layout, split=flags.eval_split)
 
 
-def encode_sources(
-    recipe: Recipe, source: Source, against: Source | None, tokenizer: Any, screen: Screen
-) -> tuple[list[Example], list[Example]]:
-    """The training and evaluation examples, checked; what is wrong stops, what is doubtful is said loudly."""
-    from trimtab.data.encode import encode
-    from trimtab.data.inspect import inspect
-
-    if tokenizer is None:
-        raise UsageError(f"{recipe.model.model} has no tokenizer, so text cannot be read for it")
-    limit = recipe.data.max_length
-    examples = encode(source, tokenizer, max_length=limit)
-    found = inspect(source, examples, tokenizer, max_length=limit, against=against)
-    for warning in found.warnings:
-        screen.warn(warning)
-    if found.errors:
-        raise UsageError(f"{recipe.data.data}: {'; '.join(found.errors)}")
-    screen.say(f"{found.tokens:,} tokens, {found.supervised_tokens:,} of them supervised")
-    return examples, encode(against, tokenizer, max_length=limit) if against else []
-
-
-def fit_run(
-    recipe: Recipe,
-    adapter: Adapter,
-    tokenizer: Any,
-    examples: list[Example],
-    evaluation: list[Example],
-    folder: Path,
-    screen: Screen,
-    loggers: list[Any],
-) -> dict[str, Any]:
-    """The loop with a progress bar; writes result.json."""
-    from trimtab.files import write_whole
-    from trimtab.train.loop import fit
-
-    with screen.progress("training", "steps") as update:
-
-        def on_step(report: StepReport) -> None:
-            update(report.step, report.steps, f", loss {report.loss:.2f}")
-
-        try:
-            done = fit(
-                adapter,
-                examples,
-                recipe.training,
-                eval_examples=evaluation,
-                out=folder,
-                resume=recipe.run.resume,
-                pad_id=tokenizer.pad_token_id or 0,
-                on_step=on_step,
-                loggers=loggers,
-            )
-        except KeyboardInterrupt as stop:
-            again = f"trimtab train --out {shlex.quote(str(folder))} --resume"
-            raise KeyboardInterrupt(f"go on with {again}") from stop
-    result = describe(recipe, adapter, done, folder)
-    write_whole(folder / "result.json", json.dumps(result, indent=2) + "\n")
-    write_whole(folder / "layers.json", json.dumps(layer_changes(adapter)) + "\n")
-    return result
-
-
-def write_samples(folder: Path, adapter: Adapter, loaded: Any, source: Source, count: int, screen: Screen) -> None:
-    """samples.jsonl: the last answers of the first conversations, as written, and by the model before and after."""
-    from trimtab.files import write_whole
+def answer_samples(adapter: Adapter, loaded: Any, source: Source, count: int, screen: Screen) -> list[dict[str, str]]:
+    """The last answers of the first conversations that fit the model: as written, and by the model before and after."""
     from trimtab.tasks.generate import encode, generate
 
     room = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
@@ -170,7 +91,7 @@ def write_samples(folder: Path, adapter: Adapter, loaded: Any, source: Source, c
             rows.append(row)
             prompts.append(prompt)
     if not rows:
-        return
+        return []
     with screen.progress("answering samples", "answers") as update:
 
         def answers(done: int) -> list[str]:
@@ -185,51 +106,7 @@ def write_samples(folder: Path, adapter: Adapter, loaded: Any, source: Source, c
         after = answers(0)
         with adapter.disable():
             before = answers(len(rows))
-    lines = [
+    return [
         {"prompt": prompt[-1]["content"], "expected": row.turns[-1].content, "before": old, "after": new}
         for row, prompt, old, new in zip(rows, prompts, before, after, strict=True)
     ]
-    write_whole(folder / "samples.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-
-
-def layer_changes(adapter: Adapter) -> list[dict[str, Any]]:
-    """‖ΔW‖/‖W‖ of every adapted weight."""
-    import torch
-
-    rows = []
-    with torch.no_grad():
-        for path, delta in adapter.deltas.items():
-            weight: Any = adapter.sites[path].weight
-            change = delta.weight_change(weight).norm() / weight.float().norm()
-            rows.append({"name": path, "relative_change": change.item()})
-    return rows
-
-
-def describe(recipe: Recipe, adapter: Adapter, done: FitResult, folder: Path) -> dict[str, Any]:
-    """The figures of a run, and what they depend on."""
-    import platform
-
-    import torch
-    import transformers
-
-    import trimtab
-
-    model = adapter.model
-    own = {id(p) for p in adapter.parameters()}
-    return {
-        **dataclasses.asdict(done),
-        "run": str(folder),
-        "model": recipe.model.model,
-        "method": recipe.method.options(),
-        "adapted_modules": len(adapter.deltas),
-        "trainable_parameters": sum(p.numel() for p in adapter.parameters()),
-        "base_parameters": sum(p.numel() for p in model.parameters() if id(p) not in own),
-        "dtype": str(next(p for p in model.parameters() if id(p) not in own).dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "trimtab": trimtab.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-    }

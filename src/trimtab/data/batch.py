@@ -1,4 +1,4 @@
-"""From examples to batches: padded or packed tensors, and the order of examples in an epoch."""
+"""From examples to batches: padded tensors, what their loss sums over, and the order of examples in an epoch."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import dataclasses
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trimtab.data.encode import Example
 from trimtab.errors import UsageError
+from trimtab.ops.tree_attention import Tree
 
 IGNORED = -100  # the label that torch's and transformers' cross-entropy leave out
 POOL = 16  # batches whose examples are sorted by length together
@@ -21,30 +23,45 @@ POOL = 16  # batches whose examples are sorted by length together
 class Batch:
     """Examples as tensors, for one forward pass.
 
-    input_ids, position_ids, labels: [rows, length] int64. labels are not shifted; IGNORED where unsupervised.
-    attention_mask: [rows, length] int64, 1 on real tokens; None for a packed batch, whose position_ids restart
-    at 0 with each example.
-    examples: the row numbers of the examples in their files. real_tokens: tokens without padding.
-    supervised_tokens: labels with a token before them in their example, which is what a mean loss divides by.
+    input_ids, position_ids: [rows, length] int64. attention_mask: [rows, length] int64, 1 on real tokens, of a padded
+    batch. tree: the shape of a packed row, which says what each token attends to.
+    predictors, targets: [terms] int64, and weights: [terms] fp32: the terms of the loss. Position `predictors[t]` of
+    the flattened tokens predicts `targets[t]`; a position of a tree may predict several.
+    examples: the row numbers of the examples in their files. real_tokens: the examples' tokens, without padding and
+    each counted though a tree may compute it once. supervised_tokens: the sum of the weights, which is what a mean
+    loss divides by.
     """
 
     input_ids: Tensor
-    attention_mask: Tensor | None
     position_ids: Tensor
-    labels: Tensor
+    attention_mask: Tensor | None
+    tree: Tree | None
+    predictors: Tensor
+    targets: Tensor
+    weights: Tensor
     examples: tuple[int, ...]
     real_tokens: int
     supervised_tokens: int
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
-        return dataclasses.replace(
-            self,
-            input_ids=self.input_ids.to(device),
-            attention_mask=None if self.attention_mask is None else self.attention_mask.to(device),
-            position_ids=self.position_ids.to(device),
-            labels=self.labels.to(device),
-        )
+        moved: dict[str, Any] = {
+            field.name: value.to(device)
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor | Tree)
+        }
+        return dataclasses.replace(self, **moved)
+
+    @property
+    def labels(self) -> Tensor:
+        """[rows, length] int64 as transformers' losses take them, unshifted, IGNORED where unsupervised.
+
+        For a padded batch alone: in a tree a position may predict several tokens.
+        """
+        assert self.tree is None, "a packed batch has terms, not labels"
+        labels = torch.full_like(self.input_ids, IGNORED)
+        labels.view(-1)[self.predictors + 1] = self.targets
+        return labels
 
 
 def pad(examples: Sequence[Example], pad_id: int) -> Batch:
@@ -52,42 +69,59 @@ def pad(examples: Sequence[Example], pad_id: int) -> Batch:
 
     Tensors are [len(examples), longest]. Raises UsageError without examples.
     """
-    _need_some(examples)
+    need_some(examples)
     length = max(len(example.input_ids) for example in examples)
-    ids, mask, positions, labels = [], [], [], []
-    for example in examples:
+    ids, mask, positions = [], [], []
+    terms: dict[Term, int] = {}
+    for row, example in enumerate(examples):
         real = len(example.input_ids)
         left = length - real
         ids.append([pad_id] * left + example.input_ids)
         mask.append([0] * left + [1] * real)
         positions.append([0] * left + list(range(real)))
-        labels.append([IGNORED] * left + _labels(example))
+        add_terms(terms, example, range(row * length + left, (row + 1) * length))
     return Batch(
         torch.tensor(ids),
-        torch.tensor(mask),
         torch.tensor(positions),
-        torch.tensor(labels),
-        tuple(example.row for example in examples),
-        *_counts(examples),
-    )
-
-
-def pack(examples: Sequence[Example], pad_id: int) -> Batch:
-    """`examples` one after the other in a single row, without padding.
-
-    Tensors are [1, sum of lengths]. No example sees another, as transformers tells them apart by position_ids that
-    restart at 0; it does so only without an attention mask and with use_cache=False. pad_id is not used; it is there so
-    that `pad` and `pack` are called alike. Raises UsageError without examples.
-    """
-    _need_some(examples)
-    return Batch(
-        torch.tensor([[token for example in examples for token in example.input_ids]]),
+        torch.tensor(mask),
         None,
-        torch.tensor([[position for example in examples for position in range(len(example.input_ids))]]),
-        torch.tensor([[label for example in examples for label in _labels(example)]]),
-        tuple(example.row for example in examples),
-        *_counts(examples),
+        *term_tensors(terms),
+        *counts(examples),
     )
+
+
+Term = tuple[int, int]
+"""(position that predicts, token it predicts)."""
+
+
+def add_terms(terms: dict[Term, int], example: Example, places: Sequence[int]) -> None:
+    """Count an example's targets. places: where each of its tokens stands among the batch's, flattened.
+
+    Nothing predicts an example's first token: what stands before it is padding or another example.
+    """
+    for i in range(1, len(places)):
+        if example.supervised[i]:
+            term = places[i - 1], example.input_ids[i]
+            terms[term] = terms.get(term, 0) + 1
+
+
+def term_tensors(terms: dict[Term, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """(predictors, targets, weights) of a batch."""
+    found = torch.tensor([*terms], dtype=torch.int64).view(-1, 2)
+    return found[:, 0].contiguous(), found[:, 1].contiguous(), torch.tensor([*terms.values()], dtype=torch.float32)
+
+
+def need_some(examples: Sequence[Example]) -> None:
+    """UsageError when there are none."""
+    if not examples:
+        raise UsageError("a batch needs at least one example")
+
+
+def counts(examples: Sequence[Example]) -> tuple[tuple[int, ...], int, int]:
+    """(rows in the file, real tokens, supervised tokens) of a batch."""
+    # Counted here, where they are Python numbers: asking the tensors would wait for their device.
+    tokens, supervised = sum(len(e.input_ids) for e in examples), sum(sum(e.supervised[1:]) for e in examples)
+    return tuple(example.row for example in examples), tokens, supervised
 
 
 def batches(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
@@ -108,19 +142,3 @@ def batches(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int) -
     cut = [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
     rng.shuffle(cut)
     return cut
-
-
-def _need_some(examples: Sequence[Example]) -> None:
-    if not examples:
-        raise UsageError("a batch needs at least one example")
-
-
-def _labels(example: Example) -> list[int]:
-    # Nothing predicts an example's first token: what stands before it is padding or another example.
-    rest = zip(example.input_ids[1:], example.supervised[1:], strict=True)
-    return [IGNORED] * bool(example.input_ids) + [token if target else IGNORED for token, target in rest]
-
-
-def _counts(examples: Sequence[Example]) -> tuple[int, int]:
-    # Counted here, where they are Python numbers: asking the tensors would wait for their device.
-    return sum(len(e.input_ids) for e in examples), sum(sum(e.supervised[1:]) for e in examples)

@@ -21,13 +21,18 @@ from trimtab.errors import FormatError
 class Delta(nn.Module):
     """A method applied to one weight. Everything needed to resume is in its state dict.
 
-    method: the specification, patterns resolved. layout: how the weight is a matrix [out, in].
+    method: the specification, patterns resolved. layout: how the weight is a matrix [out, in]. parameters: tensors to
+    be trained, by name.
     """
 
-    def __init__(self, method: Method, layout: Layout) -> None:
+    method: Method
+    layout: Layout
+
+    def __init__(self, method: Method, layout: Layout, **parameters: Tensor) -> None:
         super().__init__()
-        self.method = method
-        self.layout = layout
+        # Written past nn.Module.__setattr__, which is slow: attaching to hundreds of modules is to take milliseconds.
+        vars(self).update(method=method, layout=layout)
+        self._parameters.update({name: nn.Parameter(tensor) for name, tensor in parameters.items()})
 
     def weight_change(self, weight: Tensor) -> Tensor:
         """ΔW as a matrix [out, in] in fp32 (fp64 where the delta is). weight: the frozen weight, in its own shape."""

@@ -34,9 +34,10 @@ class Full(Method):
 class FullDelta(Delta):
     """A dense ΔW [out, in] in fp32."""
 
+    change: nn.Parameter
+
     def __init__(self, method: Full, layout: Layout) -> None:
-        super().__init__(method, layout)
-        self.change = nn.Parameter(torch.zeros(layout.out_features, layout.in_features))
+        super().__init__(method, layout, change=torch.zeros(layout.out_features, layout.in_features))
 
     def weight_change(self, weight: Tensor) -> Tensor:
         return wide(self.change)

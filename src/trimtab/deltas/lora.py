@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.deltas.delta import Delta, fill, wide
-from trimtab.deltas.layout import ConvLayout, EmbeddingLayout, Layout
+from trimtab.deltas.layout import Conv1DLayout, ConvLayout, EmbeddingLayout, Layout, LinearLayout
 from trimtab.deltas.method import Method, positive
 from trimtab.errors import FormatError, UsageError
+from trimtab.ops.lora_linear import lora_linear
 from trimtab.options import from_mapping, option
 from trimtab.patterns import first_match
 
@@ -43,6 +44,9 @@ class LoRA(Method):
     rslora: bool = option(False, "scale by alpha/sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732)")
     rank_pattern: Mapping[str, int] = option(factory=dict, help="rank of the modules a pattern matches, e.g. v_proj=32")
     alpha_pattern: Mapping[str, float] = option(factory=dict, help="alpha of the modules a pattern matches")
+    branch: Literal["base", "float32"] = option(
+        "base", "compute B A x in the base's dtype, or in float32 as PEFT does: exact, slower, more memory"
+    )
 
     def problems(self) -> list[str]:
         found = []
@@ -58,6 +62,8 @@ class LoRA(Method):
             found.append(f"dropout is {self.dropout}, but must be at least 0 and below 1")
         if self.init not in ("kaiming", "gaussian"):
             found.append(f"init is '{self.init}', but must be kaiming or gaussian")
+        if self.branch not in ("base", "float32"):
+            found.append(f"branch is '{self.branch}', but must be base or float32")
         return found
 
     @property
@@ -115,12 +121,13 @@ class LoRADelta(Delta):
     """(α/r) B A for one weight. A: [rank, in], B: [out, rank]."""
 
     method: LoRA
+    A: nn.Parameter
+    B: nn.Parameter
+    scale: float
 
     def __init__(self, method: LoRA, layout: Layout, A: Tensor, B: Tensor) -> None:
-        super().__init__(method, layout)
-        self.A = nn.Parameter(A)
-        self.B = nn.Parameter(B)
-        self.scale = method.scale
+        super().__init__(method, layout, A=A, B=B)
+        vars(self)["scale"] = method.scale  # past nn.Module.__setattr__, which is slow
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """(A, B) as they are trained, without the scale."""
@@ -143,14 +150,24 @@ class LoRADelta(Delta):
         return self.scale * wide(self.B), wide(self.A)
 
     def branch(self, x: Tensor, weight: Tensor) -> Tensor:
-        if self.method.dropout and self.training and not self.layout.lookup:
-            x = F.dropout(x, self.method.dropout)
-        # The branch runs in the base's dtype; casting the small factors avoids a wider copy of x.
-        A, B = self.A.to(weight.dtype), (self.B * self.scale).to(weight.dtype)
-        return self.layout.low_rank(x, B, A)
+        if self.dropout and not self.layout.lookup:
+            x = F.dropout(x, self.dropout)
+        exact = self.method.branch == "float32"
+        if exact and not self.layout.lookup:
+            x = wide(x)
+        dtype = self.B.dtype if exact else weight.dtype  # casting the small factors avoids a wider copy of x
+        return self.layout.low_rank(x, (self.B * self.scale).to(dtype), self.A.to(dtype))
+
+    @property
+    def dropout(self) -> float:
+        """The probability of dropping an input of A now: none in evaluation."""
+        return self.method.dropout if self.training else 0.0
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self.layout.base(x, weight, bias) + self.branch(x, weight)
+        if self.method.branch == "base" and isinstance(self.layout, LinearLayout | Conv1DLayout):
+            return lora_linear(x, self.layout.matrix(weight), bias, self.A, self.B, self.scale, self.dropout)
+        y = self.layout.base(x, weight, bias)
+        return (y + self.branch(x, weight)).to(y.dtype)
 
 
 PEFT_NAMES = {

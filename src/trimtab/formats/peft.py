@@ -1,206 +1,32 @@
-"""PEFT's folder, adapter_config.json and adapter_model.safetensors: written so that PEFT loads it, read strictly.
-
-A method that PEFT has is saved as PEFT's own; any other in the same layout under a type of its own, and exported to
-PEFT through its factors. trimtab.json beside them holds what PEFT's files have no place for.
-"""
+"""PEFT's folder, adapter_config.json and adapter_model.safetensors: read strictly here, written in `peft_write`."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import trimtab
-from trimtab.adapt.adapter import Adapter, own_state
-from trimtab.adapt.attach import check_name, fresh_delta, install, outermost, tensor_of
+from trimtab.adapt.adapter import Adapter
+from trimtab.adapt.attach import as_copy, check_name, fresh_delta, install, outermost, tensor_of
 from trimtab.adapt.module import Copies
-from trimtab.adapt.select import Placement, adaptable, base_modules, read_past_forward, shared_parameters
+from trimtab.adapt.select import BIASES, Placement, adaptable, base_modules, read_past_forward, shared_parameters
 from trimtab.deltas import METHODS, make_method, method_class
 from trimtab.deltas.delta import Delta
-from trimtab.deltas.layout import ConvLayout, Layout, original_class
-from trimtab.deltas.lora import stored_pair
 from trimtab.deltas.method import Method
 from trimtab.errors import FormatError, UsageError, did_you_mean
-from trimtab.files import whole_folder
-from trimtab.formats.tensors import read_json, read_tensors, write_tensors
-from trimtab.options import from_mapping, to_mapping
+from trimtab.files import read_json
+from trimtab.formats.peft_write import CONFIG, OWN, OWN_TYPE, PREFIX, WEIGHTS, digest, other_in_peft
+from trimtab.formats.peft_write import export_peft as export_peft
+from trimtab.formats.peft_write import save_adapter as save_adapter
+from trimtab.formats.tensors import read_tensors
+from trimtab.options import from_mapping
 
 log = logging.getLogger("trimtab")
-CONFIG, WEIGHTS, OWN = "adapter_config.json", "adapter_model.safetensors", "trimtab.json"
-PREFIX = "base_model.model."
-OWN_TYPE = "TRIMTAB_"
-BIAS_NAMES = {"none": "none", "all": "all", "adapter-only": "lora_only"}
-
-
-def save_adapter(adapter: Adapter, path: str | Path) -> Path:
-    """Write an adapter as a folder, atomically: as PEFT's own where PEFT has the same map, else under a type of ours.
-
-    Raises StorageError when the disk is full or the place cannot be written; an adapter that stood there stays whole.
-    """
-    own_state(adapter)
-    method = adapter.method
-    standard = method.peft_type and not any(_other_in_peft(delta.layout) for delta in adapter.deltas.values())
-    config = {"peft_type": method.peft_type if standard else OWN_TYPE + method.name.upper(), **method.peft_config()}
-    config |= _shared_config(adapter) | _ranks({p: d.rank_and_alpha() for p, d in adapter.deltas.items()})
-    stored = {path: delta.stored() for path, delta in adapter.deltas.items()}
-    own = {
-        "trimtab": trimtab.__version__,
-        "config_sha256": _digest(_json(config)),
-        "method": method.options(),
-        "placement": to_mapping(adapter.placement),
-        "provenance": adapter.provenance,
-        "tied": _tied_copies(adapter),
-    }
-    return _write(adapter, path, config, stored, own)
-
-
-def export_peft(adapter: Adapter, path: str | Path) -> Path:
-    """Write any low-rank adapter as a standard LoRA that PEFT and others load.
-
-    Raises UsageError when its ΔW is not low-rank, or when PEFT would compute something else with it.
-    """
-    own_state(adapter)
-    for site, delta in adapter.deltas.items():
-        why = _other_in_peft(delta.layout)
-        if why:
-            raise UsageError(f"{site} is {why}, for which PEFT's LoRA is another map: merge the adapter instead")
-    if adapter.method.peft_type:
-        return save_adapter(adapter, path)
-    stored, ranks = {}, {}
-    for site, delta in adapter.deltas.items():
-        factors = delta.factors()
-        if factors is None:
-            raise UsageError(
-                f"method '{adapter.method.name}' has no low-rank factors at {site}, so it cannot be a PEFT LoRA: "
-                "merge it instead"
-            )
-        B, A = factors
-        stored[site] = stored_pair(delta.layout, A, B)
-        ranks[site] = (A.shape[0], float(A.shape[0]))  # alpha = rank: the factors hold the scale
-    config = {"peft_type": "LORA", "lora_dropout": 0.0, "use_rslora": False, **_shared_config(adapter), **_ranks(ranks)}
-    return _write(adapter, path, config, stored, None)
-
-
-def _other_in_peft(layout: Layout) -> str | None:
-    """What makes a convolution one whose LoRA PEFT computes otherwise: its A knows stride and padding only."""
-    if isinstance(layout, ConvLayout):
-        if layout.groups > 1:
-            return f"a convolution with {layout.groups} groups"
-        if set(layout.dilation) != {1}:
-            return f"a convolution with dilation {layout.dilation}"
-        if layout.padding_mode != "zeros":
-            return f"a convolution with {layout.padding_mode} padding"
-    return None
-
-
-def _json(config: Mapping[str, Any]) -> str:
-    return json.dumps(config, indent=2, sort_keys=True)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _tied_copies(adapter: Adapter) -> bool:
-    """Whether modules share a trained copy, as they share the weight in the base."""
-    parameters = [id(p) for copies in adapter.copies.values() for p in copies.parameters()]
-    return len(set(parameters)) < len(parameters)
-
-
-def _write(
-    adapter: Adapter,
-    path: str | Path,
-    config: Mapping[str, Any],
-    stored: Mapping[str, Mapping[str, Tensor]],
-    own: Mapping[str, Any] | None,
-) -> Path:
-    tensors = {f"{PREFIX}{site}.{name}": t for site, parts in stored.items() for name, t in parts.items()}
-    for site, copies in adapter.copies.items():
-        wrapped = "base_layer." if site in adapter.deltas else ""
-        tensors.update({f"{PREFIX}{site}.{wrapped}{name}": t for name, t in copies.state_dict().items()})
-    # Copied one by one: tied copies share memory, which the format refuses.
-    whole = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-    with whole_folder(path, marker=CONFIG) as folder:
-        write_tensors(folder / WEIGHTS, whole)
-        (folder / CONFIG).write_text(_json(config), encoding="utf-8")
-        if own is not None:
-            (folder / OWN).write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
-    return Path(path)
-
-
-def _shared_config(adapter: Adapter) -> dict[str, Any]:
-    return {
-        "auto_mapping": None,
-        "base_model_name_or_path": _base_name(adapter.model) or adapter.provenance.get("base_model"),
-        "task_type": _task_type(adapter.model),
-        "inference_mode": True,
-        "bias": BIAS_NAMES[adapter.placement.bias],
-        "target_modules": _target_names(adapter),
-        "modules_to_save": list(adapter.whole) or None,
-        "ensure_weight_tying": _tied_copies(adapter),
-        "fan_in_fan_out": any(d.layout.kind == "conv1d-transposed" for d in adapter.deltas.values()),
-    }
-
-
-def _ranks(ranks: Mapping[str, tuple[int, float] | None]) -> dict[str, Any]:
-    """r, lora_alpha and the patterns of the modules that have others."""
-    known = [pair for pair in ranks.values() if pair is not None]
-    if not known:
-        return {}
-    rank, alpha = (max(set(column), key=column.count) for column in zip(*known, strict=True))
-    other = {path: pair for path, pair in ranks.items() if pair is not None}
-    return {
-        "r": rank,
-        "lora_alpha": _whole(alpha),
-        # PEFT lets any path end with a pattern, unless it says where the path starts.
-        "rank_pattern": {f"^{re.escape(path)}": r for path, (r, _) in other.items() if r != rank},
-        "alpha_pattern": {f"^{re.escape(path)}": _whole(a) for path, (_, a) in other.items() if a != alpha},
-    }
-
-
-def _whole(number: float) -> float:
-    return int(number) if float(number).is_integer() else number
-
-
-def _base_name(model: nn.Module) -> str | None:
-    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
-
-
-def _task_type(model: nn.Module) -> str | None:
-    endings = {
-        "ForCausalLM": "CAUSAL_LM",
-        "LMHeadModel": "CAUSAL_LM",
-        "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-        "ForSequenceClassification": "SEQ_CLS",
-        "ForTokenClassification": "TOKEN_CLS",
-        "ForQuestionAnswering": "QUESTION_ANS",
-    }
-    task = next((task for ending, task in endings.items() if original_class(model).__name__.endswith(ending)), None)
-    decoder = not getattr(getattr(model, "config", None), "is_encoder_decoder", True)
-    return "CAUSAL_LM" if task == "SEQ_2_SEQ_LM" and decoder else task
-
-
-def _target_names(adapter: Adapter) -> list[str] | str:
-    """The shortest way for PEFT to find exactly the adapted modules: last names, whole paths, or an expression."""
-    paths = base_modules(adapter.model)
-
-    def found(names: Iterable[str]) -> set[str]:
-        ends = tuple(f".{name}" for name in names)
-        return {path for path in paths if f".{path}".endswith(ends)}
-
-    names = sorted({path.rpartition(".")[2] for path in adapter.deltas})
-    if found(names) == set(adapter.deltas):
-        return names
-    if found(adapter.deltas) == set(adapter.deltas):
-        return sorted(adapter.deltas)
-    return "|".join(re.escape(path) for path in sorted(adapter.deltas))
 
 
 def load(model: nn.Module, path: str | Path, *, name: str = "default") -> Adapter:
@@ -227,7 +53,7 @@ def load(model: nn.Module, path: str | Path, *, name: str = "default") -> Adapte
     deltas = _deltas(adapter, parts, str(config["peft_type"]), folder)
     _refuse_partial(model, config, deltas, folder)
     copies = _copies(model, rest, bool(own.get("tied", config.get("ensure_weight_tying"))), folder)
-    install(adapter, deltas, copies, None, _whole_modules(model, config, copies))
+    install(adapter, base_modules(model), deltas, copies, None, _whole_modules(model, config, copies))
     return adapter
 
 
@@ -236,7 +62,7 @@ def _refuse_partial(model: nn.Module, config: Mapping[str, Any], found: Mapping[
     targets, excluded = (_named(config.get(key)) for key in ("target_modules", "exclude_modules"))
     if config.get("layers_to_transform") is not None:
         return  # the file says which layers
-    sites, _ = adaptable(model)
+    sites, _ = adaptable(base_modules(model))
     whole = tuple(f".{name}" for name in config.get("modules_to_save") or ())
     for path in sites:
         saved_whole = any(f".{path}.".find(f"{name}.") >= 0 for name in whole)
@@ -262,7 +88,7 @@ def _own_record(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     own = read_json(folder / OWN)
     if not all(isinstance(own.get(key), dict) for key in ("method", "placement", "provenance")):
         raise FormatError(f"{folder / OWN} is broken: it must hold method, placement and provenance")
-    if own.get("config_sha256") == _digest(_json(config)):
+    if own.get("config_sha256") == digest(config):
         return own
     if str(config.get("peft_type")).startswith(OWN_TYPE):
         raise FormatError(f"{folder / CONFIG} was changed after it was saved: restore it")
@@ -296,9 +122,9 @@ def _placement(config: Mapping[str, Any], own: Mapping[str, Any], folder: Path) 
         return from_mapping(Placement, own["placement"], str(folder / OWN))
     targets = config.get("target_modules") or ()
     names = (f"re:{targets}",) if isinstance(targets, str) else tuple(sorted(targets))
-    bias = {v: k for k, v in BIAS_NAMES.items()}.get(config.get("bias", "none"))
+    bias = {v: k for k, v in BIASES.items()}.get(config.get("bias", "none"))
     if bias is None:
-        raise UsageError(f"{folder}: bias is {config['bias']!r}, but must be one of {', '.join(BIAS_NAMES.values())}")
+        raise UsageError(f"{folder}: bias is {config['bias']!r}, but must be one of {', '.join(BIASES.values())}")
     return Placement(names, (), bias, tuple(config.get("modules_to_save") or ()))
 
 
@@ -336,7 +162,7 @@ def _sorted_tensors(
 def _deltas(
     adapter: Adapter, parts: Mapping[str, Mapping[str, Tensor]], kind: str, folder: Path
 ) -> dict[str, tuple[nn.Module, Delta]]:
-    sites, refused = adaptable(adapter.model)
+    sites, refused = adaptable(base_modules(adapter.model))
     deltas = {}
     for path, stored in parts.items():
         if path not in sites:
@@ -346,7 +172,7 @@ def _deltas(
                 else f"which this model does not have{did_you_mean(path, sites)}"
             )
             raise FormatError(f"{folder} does not fit this model: it adapts '{path}', {why}")
-        other = _other_in_peft(sites[path].layout)
+        other = other_in_peft(sites[path].layout)
         if other and not kind.startswith(OWN_TYPE):
             raise UsageError(
                 f"{folder} adapts {path}, {other}, for which PEFT's LoRA is a map that trimtab does not have"
@@ -363,7 +189,8 @@ def _deltas(
 def _copies(
     model: nn.Module, rest: Mapping[str, Tensor], tie: bool, folder: Path
 ) -> dict[str, tuple[nn.Module, Copies]]:
-    modules, shared = base_modules(model), shared_parameters(model)
+    modules = base_modules(model)
+    shared = shared_parameters(modules)
     unseen = read_past_forward(modules.values())
     parameters: dict[str, dict[str, nn.Parameter]] = {}
     buffers: dict[str, dict[str, Tensor]] = {}
@@ -383,16 +210,14 @@ def _copies(
         if wrapped and name == "weight":
             _same_base(path, tensor, old, folder)
             continue
-        if tensor.dtype != old.dtype:
-            log.warning(
-                "%s: '%s' is %s in the file and becomes %s, as in the model", folder, key, tensor.dtype, old.dtype
-            )
         if isinstance(old, nn.Parameter):
             holders = (shared.get(id(old)) if tie else None) or [(path, name)]
-            copy = nn.Parameter(tensor.to(old.device, old.dtype))
+            copy = as_copy(tensor, old, tensor.dtype)
             for holder, holder_name in holders:
                 parameters.setdefault(holder, {})[holder_name] = copy
         else:
+            if tensor.dtype != old.dtype:
+                log.warning("%s: '%s' becomes %s, as in the model, from %s", folder, key, old.dtype, tensor.dtype)
             buffers.setdefault(path, {})[name] = tensor.to(old.device, old.dtype)
     return {
         path: (modules[path], Copies(parameters.get(path, {}), buffers.get(path, {})))

@@ -1,11 +1,9 @@
-"""The two kinds of file adapters are made of, with errors a user can act on. Nothing is unpickled."""
+"""The file that an adapter's tensors are in, with errors a user can act on. Nothing is unpickled."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -34,18 +32,3 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
     with disk_errors(path):
         save_file(dict(tensors), path, metadata={"format": "pt"})
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The mapping in a JSON file. FormatError with line and column when it is broken."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UsageError(f"{path} does not exist") from error
-    except json.JSONDecodeError as error:
-        raise FormatError(f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
-    except (UnicodeDecodeError, OSError) as error:
-        raise FormatError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise FormatError(f"{path} must hold keys and values, but holds a {type(content).__name__}")
-    return content

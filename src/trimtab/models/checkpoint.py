@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import FormatError, UsageError
+from trimtab.files import read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -42,7 +43,7 @@ def check_folder(folder: Path) -> None:
     """
     read_config(folder)
     if (folder / INDEX).is_file():
-        weights = sorted({folder / str(shard) for shard in _read_json(folder / INDEX, "weight_map").values()})
+        weights = [folder / name for name in _shards(folder / INDEX)]
         for file in weights:
             if not file.is_file():
                 raise FormatError(f"{folder} lacks {file.name}, which {INDEX} names; get the folder again")
@@ -68,20 +69,15 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UsageError(
             f"{folder} holds a model and an adapter (adapter_config.json) at once; move the adapter to its own folder"
         )
-    return _read_json(folder / "config.json")
+    return read_json(folder / "config.json")
 
 
-def _read_json(file: Path, key: str | None = None) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        content = content[key] if key else content
-    except OSError as error:
-        raise UsageError(f"cannot read {file}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"{file} is not the JSON it should be: {error}; get it again") from error
-    if not isinstance(content, dict):
-        raise FormatError(f"{file} must hold a JSON object, but holds {type(content).__name__}; get it again")
-    return content
+def _shards(index: Path) -> list[str]:
+    """The names of the files that an index tells of, each once."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict):
+        raise FormatError(f"{index} has no 'weight_map'; get it again")
+    return sorted({str(name) for name in names.values()})
 
 
 def _no_weights(folder: Path) -> UsageError:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import FormatError, OutOfMemory, TrimtabError, UsageError, ran_out_of_memory
+from trimtab.files import StorageError, disk_errors, whole_folder
 from trimtab.models.checkpoint import check_folder
 
 # Part of each folder's name: raised when what is written changes, so that older folders are not taken for new ones.
@@ -47,7 +48,9 @@ def safetensors_folder(gguf: Path, *, cache: Path | None = None, progress: Calla
     try:
         return _convert_once(gguf, folder, progress or (lambda message: None))
     except OSError as error:
-        raise _unwritable(folder, gguf, error.strerror or str(error), error.errno) from error
+        met = error.__cause__ if isinstance(error, StorageError) else error
+        reason, number = (met.strerror, met.errno) if isinstance(met, OSError) else (None, None)
+        raise _unwritable(folder, gguf, reason or str(error), number) from error
 
 
 def check_gguf(file: Path) -> None:
@@ -80,37 +83,21 @@ def _convert_once(gguf: Path, folder: Path, progress: Callable[[str], None]) -> 
 
 
 def _convert(gguf: Path, folder: Path, progress: Callable[[str], None]) -> None:
-    # Under the lock no one else is writing: what is left here was interrupted or damaged.
-    for leftover in [*folder.parent.glob(f"{folder.name}.partial-*"), folder]:
-        if leftover.exists():
-            shutil.rmtree(leftover)
+    if folder.exists():
+        shutil.rmtree(folder)  # it is damaged, and under the lock no one else is writing it
     progress(f"converting {gguf.name} to safetensors, once (under a minute for a small model)")
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    partial.mkdir()
-    try:
+    with whole_folder(folder) as partial:
         _write(gguf, partial)
-        _sync(partial)
-        partial.rename(folder)
-        _sync_one(folder.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     progress(f"kept as {folder}")
 
 
 def _write(gguf: Path, folder: Path) -> None:
-    from safetensors import SafetensorError
-
     from trimtab.quiet import quiet
 
     model, tokenizer = _read_gguf(gguf)
-    try:
-        with quiet():
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-    except SafetensorError as error:
-        number = errno.ENOSPC if "No space left" in str(error) else None
-        raise _unwritable(folder, gguf, str(error), number) from error
+    with quiet(), disk_errors(folder):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     _forget_origin(folder)
     if not _whole(folder):
         raise TrimtabError(f"the conversion of {gguf} wrote an incomplete folder; try it again")
@@ -168,23 +155,6 @@ def _whole(folder: Path) -> bool:
     except UsageError:
         return False
     return True
-
-
-def _sync(folder: Path) -> None:
-    """Have every file of `folder` on the disk before its name says that it is complete."""
-    for file in sorted(folder.rglob("*")):
-        _sync_one(file)
-    _sync_one(folder)
-
-
-def _sync_one(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":
-        return  # Windows opens no folders
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _unwritable(folder: Path, gguf: Path, reason: str, number: int | None) -> UsageError:

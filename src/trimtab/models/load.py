@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from trimtab.errors import FormatError, OutOfMemory, TrimtabError, UsageError, did_you_mean, ran_out_of_memory
 from trimtab.models.checkpoint import check_folder, read_config
 from trimtab.models.convert import check_gguf, safetensors_folder
+from trimtab.models.dtypes import torch_dtype
 from trimtab.models.embedded import EMBEDDED
 
 if TYPE_CHECKING:
     import torch
 
 Kind = Literal["causal-lm", "seq2seq-lm", "encoder"]
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "*.model", "tekken.json")
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,8 @@ def load(
 ) -> LoadedModel:
     """The model and tokenizer called `name`: an embedded short name, a local folder, a GGUF file or a hub id.
 
-    dtype: fp32, bf16, fp16 (or a torch.dtype); None is what the checkpoint stores. device: None is the CPU.
+    dtype: float32, bfloat16, float16, or fp32, bf16, fp16 (or a torch.dtype); None is what the checkpoint stores.
+    device: None is the CPU.
     Weights come from safetensors only, nothing is unpickled, and each one the model needs must be there (a missing
     pooler of an encoder is tolerated and logged: nothing but the pooled output uses it).
     Raises UsageError for a name that is nowhere, the wrong kind, dtype or device; FormatError, naming the file, for
@@ -56,7 +57,7 @@ def load(
     """
     if kind not in get_args(Kind):
         raise UsageError(f"kind is '{kind}', but must be one of {', '.join(get_args(Kind))}")
-    wanted = _torch_dtype(dtype)
+    wanted = torch_dtype(dtype) if isinstance(dtype, str) else dtype
     path = find(name, kind=kind, trust_remote_code=trust_remote_code, progress=progress)
     check_folder(path)
     model = _model(name, path, wanted, kind, trust_remote_code)
@@ -202,19 +203,6 @@ def _explained(error: Exception, what: str) -> TrimtabError:
             f"{what}: it needs Python code that comes with it; read that code, and allow it with --trust-remote-code"
         )
     return FormatError(f"{what}: {reason[:400]}")
-
-
-def _torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    import torch
-
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    full = DTYPES.get(dtype, dtype)
-    if full not in DTYPES.values():
-        raise UsageError(f"dtype is '{dtype}', but must be one of {', '.join(DTYPES)}{did_you_mean(dtype, DTYPES)}")
-    found = getattr(torch, full)
-    assert isinstance(found, torch.dtype)
-    return found
 
 
 def _move(model: Any, device: str) -> None:

@@ -80,6 +80,7 @@ def context(run: RunFolder) -> dict[str, Any]:
         "summary": _summary(run),
         "tiles": _tiles(run, measures),
         "measures": measures,
+        "resampling": wording.resampling(measures),
         "measures_svg": plots.measures(measures) if measures else None,
         **_curves(run),
         **_layers(run),
@@ -198,15 +199,16 @@ def _audit(run: RunFolder) -> dict[str, Any] | None:
     if run.audit is None:
         return None
     rows = run.audit["layers"]
-    known = {"dtype", "layers", "max_logit_difference", "greedy_agreement", "probe_prompts"}
-    probes = run.audit.get("probe_prompts")
+    known = {"dtype", "layers", "max_logit_difference", "greedy_agreement", "probe_kind", "probe_positions"}
+    positions = run.audit.get("probe_positions")
     facts = [("Written as", str(run.audit.get("dtype", wording.MISSING))), ("Modules merged", f"{len(rows):,}")]
     if run.audit.get("max_logit_difference") is not None:
         facts.append(("Largest logit difference", number(run.audit["max_logit_difference"])))
     if run.audit.get("greedy_agreement") is not None:
-        facts.append(("Greedy tokens that agree", _share(run.audit["greedy_agreement"])))
-    if probes is not None:
-        facts.append(("Probe prompts", f"{len(probes) if isinstance(probes, list) else plain(probes)}"))
+        of = f" of {positions:,} positions" if positions else ""
+        facts.append(("Greedy tokens that agree", _share(run.audit["greedy_agreement"]) + of))
+    if run.audit.get("probe_kind") is not None:
+        facts.append(("Probes", plain(run.audit["probe_kind"])))
     for key, label, worst in (
         ("unchanged_share", "Weights unchanged, at most", max),
         ("realised_share", "Change realised, at least", min),
@@ -218,7 +220,6 @@ def _audit(run: RunFolder) -> dict[str, Any] | None:
     return {
         "facts": facts,
         "rows": [_audit_row(row) for row in rows],
-        "probes": probes if isinstance(probes, list) else [],
         "further": [(key, plain(value)) for key, value in run.audit.items() if key not in known],
     }
 

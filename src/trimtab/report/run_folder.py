@@ -182,7 +182,7 @@ def _checked_audit(path: Path) -> Row | None:
     if "layers" not in audit:
         raise FormatError(f"{path} has no list of layers, so it is not a merge audit; merge again or delete the file")
     _checked_layers(audit["layers"], path, AUDIT_SHARES)
-    for key in ("max_logit_difference", "greedy_agreement"):
+    for key in ("max_logit_difference", "greedy_agreement", "probe_positions"):
         if audit.get(key) is not None:
             _check_number(audit[key], key, str(path))
     return dict(audit)

@@ -21,7 +21,9 @@ LABELS = {
 }
 # Shares of a whole, shown in percent; F1 is a mean of two shares and is customarily left as a number.
 PERCENT_MEASURES = frozenset(("exact_match", "knowledge"))
-MEASURE_KEYS = frozenset(("before", "after", "interval_before", "interval_after", "chance", "null"))
+MEASURE_KEYS = frozenset(
+    ("before", "after", "interval_before", "interval_after", "chance", "null", "resampled", "resampled_number")
+)
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -85,6 +87,7 @@ class Measure:
     """One figure before and after training, with 95 % bootstrap intervals where they were recorded.
 
     chance: what guessing gives, on the same scale; None when the run recorded none.
+    resampled, resampled_number: what the intervals drew anew, such as modules, and how many of them there are.
     further: whatever else the run recorded with it, such as the number of questions.
     """
 
@@ -95,6 +98,8 @@ class Measure:
     interval_after: tuple[float, float] | None
     chance: float | None
     further: Mapping[str, Any]
+    resampled: str | None = None
+    resampled_number: int | None = None
 
     @property
     def label(self) -> str:
@@ -143,6 +148,20 @@ class Measure:
         )
 
 
+def resampling(measures: Sequence[Measure]) -> str:
+    """What the intervals drew anew, measure by measure, as one sentence; '' when no measure has an interval.
+
+    It decides how wide they are: examples of one group are alike, so drawing them one by one would promise too much.
+    """
+    labels: dict[str, list[str]] = {}
+    for row in measures:
+        if row.interval_before or row.interval_after:
+            number = "" if row.resampled_number is None else f"{row.resampled_number:,} "
+            labels.setdefault(f"{number}{row.resampled or 'units that were not recorded'}", []).append(row.label)
+    parts = [f"{unit} for {', '.join(names)}" for unit, names in labels.items()]
+    return f"Drawn anew each time: {'; '.join(parts)}." if parts else ""
+
+
 def read_measures(result: Mapping[str, Any], where: str) -> list[Measure]:
     """Every before/after figure of result.json, in its order. FormatError for one that is not made of numbers."""
     return [
@@ -159,6 +178,11 @@ def _read_measure(key: str, value: Mapping[str, Any], where: str) -> Measure:
     chance = value.get("chance", value.get("null"))
     if chance is not None and not is_number(chance):
         raise FormatError(f"{where}: the chance level of {key} must be a number")
+    resampled, number = value.get("resampled"), value.get("resampled_number")
+    if resampled is not None and not isinstance(resampled, str):
+        raise FormatError(f"{where}: {key}.resampled must be text, such as modules")
+    if number is not None and not is_number(number):
+        raise FormatError(f"{where}: {key}.resampled_number must be a number")
     return Measure(
         key=key,
         before=float(value["before"]),
@@ -167,6 +191,8 @@ def _read_measure(key: str, value: Mapping[str, Any], where: str) -> Measure:
         interval_after=_read_interval(value.get("interval_after"), f"{where}: {key}.interval_after"),
         chance=None if chance is None else float(chance),
         further={name: content for name, content in value.items() if name not in MEASURE_KEYS},
+        resampled=resampled,
+        resampled_number=number,
     )
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trimtab.errors import UsageError
 from trimtab.quiet import quiet
@@ -23,7 +25,7 @@ def generate(
     *,
     max_new_tokens: int,
     batch_size: int = 16,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[float, int], None] | None = None,
     temperature: float = 0.0,
     seed: int = 0,
     around: Callable[[list[int]], AbstractContextManager[Any]] | None = None,
@@ -36,8 +38,9 @@ def generate(
     temperature, and `seed` and batch_size settle the outcome without touching the global random state.
     around: called with the indices of each batch's prompts, row by row; the batch is generated within the context it
     returns. With it each row can have its own adapter.
-    progress(done, total) counts prompts. Neither model nor tokenizer is changed. Raises UsageError for an empty
-    prompt, one that leaves no room for max_new_tokens, and a chat without a chat template.
+    progress(done, total) counts prompts; those of a batch under way count by the share of max_new_tokens they have.
+    Neither model nor tokenizer is changed. Raises UsageError for an empty prompt, one that leaves no room for
+    max_new_tokens, and a chat without a chat template.
     """
     if max_new_tokens < 1 or batch_size < 1 or not temperature >= 0:
         raise UsageError(
@@ -51,16 +54,20 @@ def generate(
     # The longest first: rows of a batch are alike in length, and a batch that is too large fails at once.
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     answers = [""] * len(ids)
+
+    def tell(before: int, size: int, share: float) -> None:
+        if progress is not None:
+            progress(before + share * size, len(order))
+
     with evaluating(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             with around(batch) if around is not None else nullcontext():
-                new = _batch(model, [ids[i] for i in batch], settings)
+                new = _batch(model, [ids[i] for i in batch], settings, partial(tell, start, len(batch)))
             for index, answer in zip(batch, new, strict=True):
                 answers[index] = tokenizer.decode(answer, skip_special_tokens=True)
-            if progress is not None:
-                progress(min(start + batch_size, len(order)), len(order))
+            tell(start, len(batch), 1.0)
     return answers
 
 
@@ -127,22 +134,33 @@ def _settings(model: Any, tokenizer: Any, max_new_tokens: int, temperature: floa
     )
 
 
-def _batch(model: Any, rows: Sequence[Sequence[int]], settings: Any) -> list[list[int]]:
-    """The new token ids of each row, up to and without its end token."""
+def _batch(model: Any, rows: Sequence[Sequence[int]], settings: Any, tell: Callable[[float], None]) -> list[list[int]]:
+    """The new token ids of each row, up to and without its end token. tell: hears which share of the tokens is made."""
+    from transformers import StoppingCriteriaList
+
     device = device_of(model)
     longest = max(len(row) for row in rows)
     # Pads on the left, so that every row continues at the same column.
     padded = [[settings.pad_token_id] * (longest - len(row)) + list(row) for row in rows]
     mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    # An encoder-decoder gives back its start token and the answer, a decoder the prompt and the answer.
+    before = 1 if model.config.is_encoder_decoder else longest
+
+    def listen(ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        # A stopping criterion that stops nothing: the one place that transformers calls after each token.
+        share = (ids.shape[1] - before) / settings.max_new_tokens
+        if share < 1:
+            tell(share)
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
     with quiet():
         output = model.generate(
             input_ids=torch.tensor(padded, device=device),
             attention_mask=torch.tensor(mask, device=device),
             generation_config=settings,
+            stopping_criteria=StoppingCriteriaList([listen]),
         )
     ends = set(settings.eos_token_id or [])
-    # An encoder-decoder gives back its start token and the answer, a decoder the prompt and the answer.
-    before = 1 if model.config.is_encoder_decoder else longest
     new: list[list[int]] = output[:, before:].tolist()
     return [row[: next((i for i, token in enumerate(row) if token in ends), len(row))] for row in new]
 

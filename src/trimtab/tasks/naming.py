@@ -11,7 +11,7 @@ import textwrap
 import tokenize
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,20 +90,27 @@ class NamingScore:
         return mean(self.exact)
 
 
-def build(code: Path | None = None, *, train: int = 480, test: int = 100, seed: int = 0) -> NamingTask:
+def build(
+    code: Path | None = None,
+    *,
+    train: int = 480,
+    test: int = 100,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> NamingTask:
     """The task made from every *.py under `code`, or from the standard library of this Python.
 
     Functions and methods whose code, as shown, has 80 to 400 characters count, without dunder methods, tests, names of
     fewer than three letters, and bodies seen before. Folders of SKIPPED_FOLDERS (tests, caches, installed packages,
     tables) and hidden ones are not entered, nor files test_*.py read. The same code and seed give the same task.
-    Raises UsageError when there is too little, with what was found.
+    progress(done, total) counts files. Raises UsageError when there is too little, with what was found.
     """
     root = Path(sysconfig.get_paths()["stdlib"]) if code is None else code
     if not root.is_dir():
         raise UsageError(f"there is no folder {root} to take functions from; name one with Python files in it")
     if train < 1 or test < 1:
         raise UsageError(f"train and test must be at least 1, but they are {train} and {test}")
-    by_module, unreadable = _collect(root)
+    by_module, unreadable = _collect(root, progress)
     found = sum(len(functions) for functions in by_module.values())
     chosen = random.Random(seed)
     test_side = _test_modules(by_module, train, test, chosen)
@@ -171,12 +178,15 @@ def clean_prediction(text: str) -> str:
     return next((word for word in words if word not in ("async", "def", "self", "cls")), "")
 
 
-def _collect(root: Path) -> tuple[dict[str, list[NamedFunction]], int]:
+def _collect(root: Path, progress: Callable[[int, int], None] | None) -> tuple[dict[str, list[NamedFunction]], int]:
     """Functions by module, in the order of the modules' paths, and the number of files left out."""
     seen: set[str] = set()
     by_module: dict[str, list[NamedFunction]] = {}
     unreadable = 0
-    for file in _python_files(root):
+    files = list(_python_files(root))
+    for number, file in enumerate(files, 1):
+        if progress is not None:
+            progress(number, len(files))
         parts = file.relative_to(root).with_suffix("").parts
         module = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
         try:

@@ -19,8 +19,8 @@ from torch.optim import Optimizer
 from trimtab.adapt.adapter import Adapter
 from trimtab.data.encode import Example
 from trimtab.errors import FormatError, problems_to_error
-from trimtab.files import whole_folder
-from trimtab.formats.tensors import read_json, read_tensors, write_tensors
+from trimtab.files import read_json, whole_folder
+from trimtab.formats.tensors import read_tensors, write_tensors
 from trimtab.options import to_mapping
 from trimtab.train.settings import Settings
 

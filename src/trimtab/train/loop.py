@@ -7,6 +7,7 @@ micro-batching: losses are summed, and divided once by the number of supervised 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import resource
 import sys
@@ -33,10 +34,13 @@ from trimtab.train.checkpoint import (
 )
 from trimtab.train.guard import LastGood, all_finite, memory_advice, not_finite, training_mode
 from trimtab.train.interrupt import between_steps
-from trimtab.train.loss import Loss, causal_loss, mean_loss, refuse_leaky_packing, refuse_not_causal
+from trimtab.train.loss import Loss, causal_loss, mean_loss, refuse_not_causal
 from trimtab.train.metrics import Logger, MetricsFile
+from trimtab.train.packing import packing_for
 from trimtab.train.plan import Plan, eval_batches, micro_batches
 from trimtab.train.settings import Settings
+
+log = logging.getLogger("trimtab")
 
 AUTOSAVE_SECONDS = 300
 
@@ -121,18 +125,26 @@ def fit(
     out = Path(out) if out is not None else None
     _refuse(adapter, settings, eval_examples, out, resume, loss)
     plan = Plan.of(examples, settings, adapter.method.default_lr)
-    evaluation = eval_batches(eval_examples, settings, pad_id)
+    with memory_advice(settings):
+        packing = packing_for(adapter, settings.packing, [*examples, *eval_examples], loss)
+    log.info("packing: %s, %s", packing.name, packing.reason)
+    evaluation = eval_batches(eval_examples, settings, packing, pad_id)
     parameters, optimizer = adapter.parameters(), _optimizer(adapter, plan.base_lr, settings)
     identity = run_identity(adapter, settings, examples, eval_examples)
 
-    with training_mode(model, settings), memory_advice(settings), between_steps(out is not None) as wish:
+    with (
+        training_mode(model, settings),
+        packing.on(model),
+        memory_advice(settings),
+        between_steps(out is not None) as wish,
+    ):
         progress = _resumed(out, adapter, optimizer, identity) if resume else Progress()
         good, eval_loss, clock = LastGood(adapter, progress.step), progress.eval_loss, Clock(progress.seconds)
         optimizer.zero_grad()
         with _sinks(out, progress.step, loggers) as sinks:
             for step in range(progress.step + 1, plan.steps + 1):
                 chosen, lr = plan.batch(step), plan.lr(step)
-                parts = micro_batches(examples, chosen, settings, pad_id)
+                parts = micro_batches(examples, chosen, settings, packing, pad_id)
                 supervised = sum(batch.supervised_tokens for batch in parts)
 
                 step_loss = 0.0
@@ -222,8 +234,6 @@ def _refuse(
     problems_to_error(problems, "training")
     if loss is causal_loss:
         refuse_not_causal(adapter.model)
-        if settings.packing == "pack":
-            refuse_leaky_packing(adapter.model)
 
 
 def _optimizer(adapter: Adapter, lr: float, settings: Settings) -> torch.optim.Optimizer:

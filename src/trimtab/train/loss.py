@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,33 +10,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.adapt.module import modes_kept
-from trimtab.data.batch import Batch, pack
-from trimtab.data.encode import Example
+from trimtab.data.batch import Batch
 from trimtab.deltas.layout import original_class
 from trimtab.errors import UsageError
+from trimtab.models.attention import attends_by_tree, seeing
+from trimtab.models.readout import readout_of
 
 Loss = Callable[[nn.Module, Batch], Tensor]
-LEAK = 1e-4  # of the logits' size: a true mask leaves no trace at all, a missing one some hundredths
 
 
 def causal_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Sum of -log p(token | tokens before it) over the supervised tokens. A scalar in fp32; divide by their number.
+    """Σ weight · -log p(target | the tokens before it) over the batch's terms. A scalar; divide by the tokens' number.
 
-    batch.labels: [rows, length], -100 where a token is no target; position i is predicted at i - 1. Only the columns
-    that predict something go through the output head, where the model allows it.
+    Logits exist only for positions that predict a target, and only a block of them at a time; where the model does
+    something else with its head, which the log says, for all positions. A packed batch that shares prefixes needs a
+    model that is within `attending_by_tree`.
     """
-    targets = batch.labels[:, 1:]
-    supervised = targets != -100
-    columns = supervised.any(0).nonzero().squeeze(1)
-    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
     if batch.attention_mask is not None:
         inputs["attention_mask"] = batch.attention_mask
-    if "logits_to_keep" in inspect.signature(original_class(model).forward).parameters:
-        logits = model(**inputs, logits_to_keep=columns).logits
-    else:
-        logits = model(**inputs).logits[:, columns]
-    chosen = supervised[:, columns]
-    return F.cross_entropy(logits[chosen].float(), targets[:, columns][chosen], reduction="sum")
+    readout = readout_of(model)
+    with seeing(batch.tree if attends_by_tree(model) else None):
+        if readout is not None:
+            states = readout.hidden(**inputs).flatten(0, 1)
+            return readout.loss(states[batch.predictors], batch.targets, batch.weights)
+        logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[batch.predictors]
+    return (F.cross_entropy(logits.float(), batch.targets, reduction="none") * batch.weights).sum()
 
 
 @torch.no_grad()
@@ -58,23 +56,4 @@ def refuse_not_causal(model: nn.Module) -> None:
         raise UsageError(
             f"{original_class(model).__name__} is no causal language model, so there is no next token to predict: "
             "give fit a loss(model, batch) of its own"
-        )
-
-
-@torch.no_grad()
-def refuse_leaky_packing(model: nn.Module) -> None:
-    """UsageError when an example in a packed row sees the one before it: not every model can tell them apart."""
-    device = next(model.parameters()).device
-    outputs = []
-    with modes_kept(model):
-        model.eval()
-        for first in ([1, 4, 1, 5], [2, 6, 5, 3]):
-            examples = [Example(ids, [True] * 4, 1, 0, False) for ids in (first, [5, 3, 6, 2])]
-            batch = pack(examples, 0).to(device)
-            logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
-            outputs.append(logits[:, len(first) :].float())
-    if (outputs[0] - outputs[1]).abs().max() > LEAK * outputs[0].abs().max():
-        raise UsageError(
-            f"{original_class(model).__name__} cannot tell packed examples apart, so that each would see the one "
-            "before it: use packing 'pad'"
         )

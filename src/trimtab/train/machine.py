@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import UsageError
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from trimtab.models.dtypes import torch_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +58,7 @@ def _cores() -> int:
 
 
 def _dtype(name: str, auto: torch.dtype) -> torch.dtype:
-    return auto if name == "auto" else DTYPES[name]
+    return auto if name == "auto" else torch_dtype(name)
 
 
 def _speed(threads: int, dtype: torch.dtype) -> float:

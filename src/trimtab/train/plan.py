@@ -6,9 +6,11 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from trimtab.data.batch import Batch, batches, pack, pad
+from trimtab.data.batch import Batch, batches
 from trimtab.data.encode import Example
+from trimtab.data.pack import pack_shared
 from trimtab.errors import UsageError
+from trimtab.train.packing import Build, Packing
 from trimtab.train.settings import Settings
 
 
@@ -68,19 +70,24 @@ class Plan:
         return self.base_lr
 
 
-def micro_batches(examples: Sequence[Example], chosen: Sequence[int], settings: Settings, pad_id: int) -> list[Batch]:
+def micro_batches(
+    examples: Sequence[Example], chosen: Sequence[int], settings: Settings, packing: Packing, pad_id: int = 0
+) -> list[Batch]:
     """The examples of one step, as batches of at most `micro_batch`; those with nothing supervised are left out."""
-    size = settings.micro_batch or settings.batch_size
-    together = pack if settings.packing == "pack" else pad
     useful = [examples[i] for i in chosen if any(examples[i].supervised[1:])]
-    return [together(useful[i : i + size], pad_id) for i in range(0, len(useful), size)]
+    return _cut(useful, settings.micro_batch or settings.batch_size, packing.build, pad_id)
 
 
-def eval_batches(examples: Sequence[Example], settings: Settings, pad_id: int) -> list[Batch]:
-    by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
-    size = settings.batch_size
-    groups = [by_length[i : i + size] for i in range(0, len(by_length), size)]
-    found = [batch for group in groups for batch in micro_batches(examples, group, settings, pad_id)]
-    if examples and not found:
+def eval_batches(examples: Sequence[Example], settings: Settings, packing: Packing, pad_id: int = 0) -> list[Batch]:
+    """The evaluation data in batches of similar length. UsageError when nothing in it is supervised."""
+    useful = [example for example in examples if any(example.supervised[1:])]
+    if examples and not useful:
         raise UsageError(f"none of the {len(examples)} evaluation examples has a supervised token")
-    return found
+    useful.sort(key=lambda example: len(example.input_ids))
+    return _cut(useful, settings.micro_batch or settings.batch_size, packing.build_eval, pad_id)
+
+
+def _cut(examples: list[Example], size: int, build: Build, pad_id: int) -> list[Batch]:
+    if build is pack_shared and len(examples) > size:
+        examples = sorted(examples, key=lambda example: example.input_ids)  # what begins alike, into the same batch
+    return [build(examples[i : i + size], pad_id) for i in range(0, len(examples), size)]

@@ -27,7 +27,10 @@ class Settings:
     max_steps: int | None = option(None, "stop after this many optimizer steps")
     batch_size: int = option(8, "examples to one optimizer step")
     micro_batch: int | None = option(None, "examples to one forward pass; less memory, the same result")
-    packing: Literal["pad", "pack"] = option("pad", "pad the examples of a batch, or pack them into one row")
+    packing: Literal["auto", "tree", "pack", "pad"] = option(
+        "auto",
+        "tree: what examples of a batch begin alike with is computed once; pack: one row; auto: the best exact one",
+    )
     lr: float | None = option(None, "learning rate; by default the method's own, 2e-4 for LoRA")
     schedule: Literal["constant", "linear", "cosine"] = option("constant", "how the learning rate falls after warm-up")
     warm_up: float = option(0.0, "share of the steps in which the learning rate rises from 0")
@@ -53,7 +56,10 @@ class Settings:
         for name in ("weight_decay", "clip"):
             if not getattr(self, name) >= 0:
                 found.append(f"{name} is {getattr(self, name)}, but must be at least 0")
-        for name, known in (("packing", ("pad", "pack")), ("schedule", ("constant", "linear", "cosine"))):
+        for name, known in (
+            ("packing", ("auto", "tree", "pack", "pad")),
+            ("schedule", ("constant", "linear", "cosine")),
+        ):
             if getattr(self, name) not in known:
                 found.append(f"{name} is '{getattr(self, name)}', but must be one of {', '.join(known)}")
         if not 0 <= self.warm_up < 1:

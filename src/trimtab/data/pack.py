@@ -1,0 +1,55 @@
+"""Examples in one row, without padding: as a prefix tree that computes what they share once, or side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from trimtab.data.batch import Batch, Term, add_terms, counts, need_some, term_tensors
+from trimtab.data.encode import Example
+from trimtab.ops.tree_attention import Tree
+
+
+def pack(examples: Sequence[Example], pad_id: int = 0, *, share: bool = False) -> Batch:
+    """`examples` in a single row; no example sees another.
+
+    Tensors are [1, tokens]. share: every distinct prefix stands once, in depth-first order, and what follows it
+    attends to it; the loss has a term for each target of each example, equal ones counted. pad_id is not used; it is
+    there so that `pad` and `pack` are called alike. Raises UsageError without examples.
+    """
+    need_some(examples)
+    ids: list[int] = []
+    depths: list[int] = []
+    end: list[int] = []
+    path: list[int] = []  # where the tokens of the newest example stand
+    terms: dict[Term, int] = {}
+    before: list[int] = []
+    # Sorted, so that whatever begins alike is neighbours; then the order of the examples does not matter either.
+    for example in sorted(examples, key=lambda e: e.input_ids) if share else examples:
+        own = example.input_ids
+        shared = _common(before, own) if share else 0
+        for place in path[shared:]:
+            end[place] = len(ids)
+        path[shared:] = range(len(ids), len(ids) + len(own) - shared)
+        ids += own[shared:]
+        depths += range(shared, len(own))
+        end += [0] * (len(own) - shared)
+        add_terms(terms, example, path)
+        before = own
+    for place in path:
+        end[place] = len(ids)
+    return Batch(
+        torch.tensor([ids]), torch.tensor([depths]), None, Tree.of(end), *term_tensors(terms), *counts(examples)
+    )
+
+
+def pack_shared(examples: Sequence[Example], pad_id: int = 0) -> Batch:
+    """`pack` with every distinct prefix once."""
+    return pack(examples, pad_id, share=True)
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences begin with in common."""
+    together = min(len(a), len(b))
+    return next((i for i in range(together) if a[i] != b[i]), together)

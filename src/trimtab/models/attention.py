@@ -1,0 +1,154 @@
+"""Prefix trees through transformers' attention interface, so that any model that uses it takes packed rows.
+
+Two functions are registered under one name: a mask function that hands the tree of the row to every layer in the mask's
+place, and an attention function that attends by it. Without a tree they do what "sdpa" does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.adapt.module import modes_kept
+from trimtab.deltas.layout import original_class
+from trimtab.errors import UsageError, ran_out_of_memory
+from trimtab.ops.tree_attention import Tree, tree_attention
+
+NAME = "trimtab_tree"
+UNSERVED = ("s_aux", "position_bias", "sinks")
+"""Arguments that some models give their attention and that change what it computes."""
+
+_tree: ContextVar[Tree | None] = ContextVar("tree", default=None)
+
+
+@contextmanager
+def attending_by_tree(model: Any) -> Iterator[None]:
+    """Within the block the model's attention takes trees; backward passes belong into it too."""
+    _register()
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def attends_by_tree(model: Any) -> bool:
+    """Whether the model is within `attending_by_tree`."""
+    return getattr(getattr(model, "config", None), "_attn_implementation", None) == NAME
+
+
+@contextmanager
+def seeing(tree: Tree | None) -> Iterator[None]:
+    """Within the block, rows given to a model that attends by tree have this shape."""
+    token = _tree.set(tree)
+    try:
+        yield
+    finally:
+        _tree.reset(token)
+
+
+def why_no_tree(model: nn.Module, longest: int) -> str | None:
+    """Why prefix trees of examples of at most `longest` tokens would not be exact on this model; None if they are.
+
+    What its configuration does not tell is tried out on a few tokens.
+    """
+    name, config = original_class(model).__name__, _text_config(model)
+    if config is None or not getattr(type(model), "_can_set_attn_implementation", bool)():
+        return f"{name} does not use transformers' attention interface"
+    attention = cast("Any", model.config)._attn_implementation
+    if attention not in ("sdpa", "eager", NAME):
+        return f"{name} was loaded with another attention: {attention}"
+    windows = {"sliding_attention", "chunked_attention"}
+    kinds = {*(getattr(config, "layer_types", None) or ["full_attention"])} - {"full_attention"}
+    reach = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+    windowed = kinds & windows or (not getattr(config, "layer_types", None) and reach)
+    if kinds - windows:
+        return f"{name} has layers of {', '.join(sorted(kinds - windows))}"
+    if windowed and "chunked_attention" not in kinds and reach and longest <= reach:
+        windowed = False  # nothing is further away than the window reaches
+    if windowed:
+        return f"{name} attends within a window of {reach} tokens, and the longest example has {longest}"
+    return _tried(model, name)
+
+
+@torch.no_grad()
+def _tried(model: nn.Module, name: str) -> str | None:
+    # Two sequences that begin alike, in one row and each alone; a third one must not be seen at all.
+    first, second = [1, 2, 3, 4], [1, 2, 4, 3, 2]
+    device = next(model.parameters()).device
+    tree = Tree.of([7, 7, 4, 4, 7, 7, 7]).to(device)
+    row, depth = (
+        torch.tensor([[1, 2, 3, 4, 4, 3, 2]], device=device),
+        torch.tensor([[0, 1, 2, 3, 2, 3, 4]], device=device),
+    )
+    with modes_kept(model):
+        model.eval()
+        alone = [model(torch.tensor([ids], device=device), use_cache=False).logits[0] for ids in (first, second)]
+        try:
+            with attending_by_tree(model), seeing(tree):
+                together = model(row, position_ids=depth, use_cache=False).logits[0]
+        except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            if ran_out_of_memory(error):
+                raise
+            return f"{name} does not take a tree for its attention ({type(error).__name__}: {error})"
+    wanted = torch.cat([alone[0], alone[1][2:]]).float()
+    difference = ((together.float() - wanted).norm() / wanted.norm()).item()
+    # Rounding leaves far less; a token that sees another branch, or stands at a wrong position, far more.
+    allowed = 1e-3 if together.dtype in (torch.float32, torch.float64) else 3e-2
+    return None if difference <= allowed else f"{name} gives other logits for a tree ({difference:.1%} apart)"
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else None
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, _attend)
+    AttentionMaskInterface.register(NAME, _mask)
+
+
+def _mask(*args: Any, **kwargs: Any) -> Any:
+    """The mask of a forward pass: the tree of its row, or the usual one."""
+    from transformers.masking_utils import sdpa_mask
+
+    tree = _tree.get()
+    return sdpa_mask(*args, **kwargs) if tree is None else tree
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """transformers' contract: query [1, heads, N, width] and so on to [1, N, heads, width]."""
+    if not isinstance(attention_mask, Tree):
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        extra = {} if softcap is None else {"softcap": softcap}
+        options = {"dropout": dropout, "scaling": scaling, **extra, **others}
+        usual: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return usual
+    unserved = [key for key in UNSERVED if others.get(key) is not None]
+    if unserved:
+        raise UsageError(f"its attention takes {', '.join(unserved)}, which prefix trees do not serve")
+    if query.shape[0] != 1 or query.shape[2] != len(attention_mask.end):
+        raise UsageError(
+            f"a tree of {len(attention_mask.end)} tokens met queries {list(query.shape)}: it holds for one packed row"
+        )
+    out = tree_attention(query[0], key[0], value[0], attention_mask, scale=scaling, dropout=dropout, soft_cap=softcap)
+    return out.transpose(0, 1).unsqueeze(0), None

@@ -1,0 +1,25 @@
+"""What users call the dtypes that models are kept and computed in. Imports no torch before it is asked."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from trimtab.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+"""torch's names, and the short ones."""
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype with this name, torch's own or the short one. UsageError for any other."""
+    import torch
+
+    known = {known: full for full, short in DTYPES.items() for known in (full, short)}
+    if name not in known:
+        raise UsageError(f"dtype is '{name}', but must be one of {', '.join(DTYPES)}{did_you_mean(name, known)}")
+    found = getattr(torch, known[name])
+    assert isinstance(found, torch.dtype)
+    return found

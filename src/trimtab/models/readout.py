@@ -1,0 +1,105 @@
+"""From a causal model's hidden states to its loss, where the model's head is known exactly.
+
+A model's logits are z = cap(scale · head(h)), with h the last hidden state of its backbone. Where that holds, the loss
+is computed from h, and logits exist for a few rows at a time only. Whether it holds is tried out on the model.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.adapt.module import Adapted, modes_kept
+from trimtab.deltas.layout import original_class
+from trimtab.errors import ran_out_of_memory
+from trimtab.ops.cross_entropy import head_cross_entropy, linear_cross_entropy
+
+log = logging.getLogger("trimtab")
+
+FACTORS = ("logit_scale",)
+DIVISORS = ("logits_scaling",)
+"""Where configurations keep the number their logits are multiplied or divided by."""
+
+
+@dataclass(frozen=True)
+class Readout:
+    """A model's backbone and head, and what it does to its logits."""
+
+    backbone: nn.Module
+    head: nn.Module
+    scale: float
+    soft_cap: float | None
+
+    def hidden(self, **inputs: Any) -> Tensor:
+        """The last hidden state, [rows, length, d]."""
+        states: Tensor = self.backbone(**inputs, use_cache=False).last_hidden_state
+        return states
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., d] to the model's logits [..., vocabulary]."""
+        z: Tensor = self.head(hidden)
+        z = z * self.scale if self.scale != 1.0 else z
+        return z if self.soft_cap is None else self.soft_cap * torch.tanh(z / self.soft_cap)
+
+    def loss(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """Σ weights · nats of the targets. hidden: [terms, d]."""
+        weight: Tensor = self.head.weight  # type: ignore[assignment]
+        bias: Tensor | None = getattr(self.head, "bias", None)
+        trained = [p for p in self.head.parameters() if p.requires_grad]
+        adapted = isinstance(self.head, Adapted) and self.head._active
+        if adapted or weight.requires_grad or (bias is not None and bias.requires_grad):
+            return head_cross_entropy(hidden, targets, weights, self.logits, weight.shape[0], trained)
+        return linear_cross_entropy(hidden, targets, weights, weight, bias, scale=self.scale, soft_cap=self.soft_cap)
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, Readout | None] = WeakKeyDictionary()
+
+
+def readout_of(model: nn.Module) -> Readout | None:
+    """The model's readout; None, said once in the log, where its logits are something else than described above."""
+    if model not in _KNOWN:
+        found = _candidate(model)
+        why = "its head was not found" if found is None else _difference(model, found)
+        if why is not None:
+            log.warning("%s: %s, so the loss is computed from all logits", original_class(model).__name__, why)
+        _KNOWN[model] = found if why is None else None
+    return _KNOWN[model]
+
+
+def _candidate(model: Any) -> Readout | None:
+    backbone, find_head = getattr(model, "base_model", None), getattr(model, "get_output_embeddings", None)
+    head = find_head() if find_head is not None else None
+    if backbone is None or backbone is model or not isinstance(head, nn.Linear):
+        return None
+    if original_class(head).forward is not nn.Linear.forward:
+        return None
+    config = model.config.get_text_config()
+    scale = 1.0
+    for name in FACTORS:
+        scale *= getattr(config, name, None) or 1.0
+    for name in DIVISORS:
+        scale /= getattr(config, name, None) or 1.0
+    return Readout(backbone, head, scale, getattr(config, "final_logit_softcapping", None))
+
+
+@torch.no_grad()
+def _difference(model: nn.Module, readout: Readout) -> str | None:
+    """What is wrong with a readout: the model's own logits of a few tokens are something else."""
+    ids = torch.tensor([[1, 2, 3]], device=next(model.parameters()).device)
+    with modes_kept(model):
+        model.eval()
+        try:
+            own = model(input_ids=ids, use_cache=False).logits.float()
+            ours = readout.logits(readout.hidden(input_ids=ids)).float()
+        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if ran_out_of_memory(error):
+                raise
+            return f"its backbone cannot be asked alone ({error})"
+    if own.shape == ours.shape and (own - ours).norm() <= 1e-2 * own.norm():
+        return None
+    return "its logits are not its head's"

@@ -1,0 +1,120 @@
+"""How the examples of a batch are put together: as a prefix tree, in one row, or padded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from trimtab.adapt.adapter import Adapter
+from trimtab.adapt.module import modes_kept
+from trimtab.data.batch import Batch, pad
+from trimtab.data.encode import Example
+from trimtab.data.pack import pack, pack_shared
+from trimtab.deltas.layout import original_class
+from trimtab.errors import UsageError
+from trimtab.models.attention import attending_by_tree, why_no_tree
+from trimtab.train.loss import Loss, causal_loss
+
+Build = Callable[[Sequence[Example], int], Batch]
+LEAK = 1e-4  # of the logits' size: a true mask leaves no trace at all, a missing one some hundredths
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """How batches are built, and why so.
+
+    name: tree, pack or pad, as `Settings.packing`. build: makes a training batch; build_eval: one of evaluation, where
+    nothing is dropped. by_tree: whether the model is to attend by tree. reason: one clause, for people.
+    """
+
+    name: str
+    build: Build
+    build_eval: Build
+    by_tree: bool
+    reason: str
+
+    @property
+    def shares(self) -> bool:
+        """Whether a training batch computes shared prefixes once."""
+        return self.build is pack_shared
+
+    @contextmanager
+    def on(self, model: nn.Module) -> Iterator[None]:
+        """Within the block the model takes these batches."""
+        if not self.by_tree:
+            yield
+            return
+        with attending_by_tree(model):
+            yield
+
+
+PAD = Packing("pad", pad, pad, False, "as asked")
+
+
+def packing_for(adapter: Adapter, wanted: str, examples: Sequence[Example], loss: Loss = causal_loss) -> Packing:
+    """The packing that `wanted` (auto, tree, pack or pad) comes to on an adapter's model.
+
+    auto takes the first that is exact: a tree; without sharing where dropout is on, as sharing a prefix would share
+    its dropout; padding. UsageError when what was asked for by name would not be exact. With dropout, tree by name is
+    allowed: examples that share a prefix then share what was dropped from it.
+    """
+    if wanted == "pad":
+        return PAD
+    if loss is not causal_loss:
+        if wanted != "auto":
+            raise UsageError(f"packing '{wanted}' is for the loss of causal models: a loss of your own takes 'pad'")
+        return dataclasses.replace(PAD, reason="a loss of your own reads padded batches")
+    model = adapter.model
+    why = why_no_tree(model, max((len(example.input_ids) for example in examples), default=0))
+    if why is None:
+        return _by_tree(wanted, dropout_of(adapter))
+    if wanted == "tree":
+        raise UsageError(f"packing 'tree' would not be exact: {why}; packing 'auto' takes what is")
+    leak = leaks(model)
+    if leak and wanted == "pack":
+        raise UsageError(
+            f"{original_class(model).__name__} cannot tell packed examples apart, so that each would see the one "
+            "before it: use packing 'pad'"
+        )
+    if leak:
+        return dataclasses.replace(PAD, reason=f"{why}, and it cannot tell packed examples apart")
+    return Packing("pack", pack, pack, False, f"without sharing: {why}")
+
+
+def _by_tree(wanted: str, dropout: float) -> Packing:
+    if wanted == "pack":
+        return Packing("pack", pack, pack, True, "as asked")
+    if wanted == "auto" and dropout:
+        reason = f"without sharing, since with dropout {dropout:g} a shared prefix would share what was dropped from it"
+        return Packing("pack", pack, pack_shared, True, f"{reason} (packing 'tree' does so)")
+    shared = ", and what was dropped from it" if dropout else ""
+    return Packing("tree", pack_shared, pack_shared, True, f"examples that begin alike share that{shared}")
+
+
+def dropout_of(adapter: Adapter) -> float:
+    """The largest dropout probability in training, of the adapter or the model; 0 when nothing is dropped."""
+    model: Any = adapter.model
+    config = model.config.get_text_config() if hasattr(model, "config") else None
+    own = [getattr(delta.method, "dropout", 0.0) for delta in adapter.deltas.values()]
+    layers = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+    return max([0.0, *own, *layers, float(getattr(config, "attention_dropout", None) or 0.0)])
+
+
+@torch.no_grad()
+def leaks(model: nn.Module) -> bool:
+    """Whether an example in a packed row sees the one before it: not every model can tell them apart."""
+    device = next(model.parameters()).device
+    outputs = []
+    with modes_kept(model):
+        model.eval()
+        for first in ([1, 4, 1, 5], [2, 6, 5, 3]):
+            examples = [Example(ids, [True] * 4, 1, 0, False) for ids in (first, [5, 3, 6, 2])]
+            batch = pack(examples).to(device)
+            logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+            outputs.append(logits[:, len(first) :].float())
+    return bool((outputs[0] - outputs[1]).abs().max() > LEAK * outputs[0].abs().max())

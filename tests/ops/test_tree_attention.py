@@ -1,0 +1,157 @@
+"""Attention over trees against the whole mask and against each sequence alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from counting import saved_bytes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from trimtab.ops import tree_attention as module
+from trimtab.ops.tree_attention import Tree, tree_attention
+
+
+def ends(parents: list[int]) -> list[int]:
+    """The ends of tokens given their parents (-1: a root) in depth-first order."""
+    end = [0] * len(parents)
+    for j in reversed(range(len(parents))):
+        end[j] = max([j + 1, *(end[c] for c in range(j + 1, len(parents)) if parents[c] == j)])
+    return end
+
+
+@st.composite
+def trees(draw: st.DrawFn) -> list[int]:
+    """Parents of a random forest in depth-first order: each token hangs below one on the path to the last."""
+    parents, path = [-1], [0]
+    for j in range(1, draw(st.integers(1, 24))):
+        keep = draw(st.integers(0, len(path))) if draw(st.booleans()) else len(path)
+        path = path[:keep]
+        parents.append(path[-1] if path else -1)
+        path.append(j)
+    return parents
+
+
+def inputs(tokens: int, heads: int = 4, key_heads: int = 2, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    g = torch.Generator().manual_seed(tokens)
+    shapes = [(heads, tokens, 8), (key_heads, tokens, 8), (key_heads, tokens, 8)]
+    return [torch.randn(s, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    k, v = (t.repeat_interleave(q.shape[0] // k.shape[0], 0) for t in (k, v))
+    return (q @ k.transpose(1, 2) * scale).masked_fill(~mask, -torch.inf).softmax(-1) @ v
+
+
+def test_the_mask_is_that_of_ancestors() -> None:
+    #        0 - 1 - 2
+    #              \ 3 - 4
+    #        5
+    tree = Tree.of(ends([-1, 0, 1, 1, 3, -1]))
+    assert tree.end.tolist() == [5, 5, 3, 5, 5, 6]
+    seen = [[j for j in range(6) if tree.mask()[i, j]] for i in range(6)]
+    assert seen == [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 1, 3, 4], [5]]
+    assert tree.segments == ((0, 2, 5), (2, 3, 3), (3, 5, 5), (5, 6, 6))
+
+
+@settings(max_examples=60, deadline=None)
+@given(trees(), st.sampled_from([(4, 2), (3, 3), (3, 1)]))
+def test_any_tree_gives_what_its_mask_gives(parents: list[int], heads: tuple[int, int]) -> None:
+    tree, results = Tree.of(ends(parents)), []
+    q, k, v = inputs(len(parents), *heads)
+    g = torch.randn(q.shape, generator=torch.Generator().manual_seed(1), dtype=q.dtype)
+    for y in (tree_attention(q, k, v, tree, scale=0.3), masked(q, k, v, tree.mask(), 0.3)):
+        results.append((y.detach(), *torch.autograd.grad(y, (q, k, v), g)))
+    for ours, true in zip(*results, strict=True):
+        torch.testing.assert_close(ours, true, rtol=1e-10, atol=1e-10)
+
+
+@settings(max_examples=30, deadline=None)
+@given(trees())
+def test_each_path_gives_what_it_gives_alone(parents: list[int]) -> None:
+    q, k, v = (t.detach() for t in inputs(len(parents)))
+    whole = tree_attention(q, k, v, Tree.of(ends(parents)))
+    for leaf in range(len(parents)):
+        path = [leaf]
+        while parents[path[0]] >= 0:
+            path.insert(0, parents[path[0]])
+        own = [t[:, path].repeat_interleave(4 // t.shape[0], 0) for t in (q, k, v)]
+        alone = F.scaled_dot_product_attention(*own, is_causal=True)
+        torch.testing.assert_close(whole[:, path], alone, rtol=1e-10, atol=1e-10)
+
+
+def test_gradients_agree_with_finite_differences() -> None:
+    tree = Tree.of(ends([-1, 0, 1, 1, 3, -1, 5, 5]))
+    assert torch.autograd.gradcheck(lambda q, k, v: tree_attention(q, k, v, tree), inputs(8))
+
+
+def test_perturbing_one_branch_leaves_the_other_alone() -> None:
+    parents = [-1, 0, 1, 1, 3, 1, 5]
+    tree = Tree.of(ends(parents))
+    q, k, v = (t.detach() for t in inputs(7))
+    before = tree_attention(q, k, v, tree)
+    k[:, 3:5] += 100.0
+    v[:, 3:5] -= 100.0
+    after = tree_attention(q, k, v, tree)
+    untouched = [0, 1, 2, 5, 6]
+    assert torch.equal(before[:, untouched], after[:, untouched])
+    assert not torch.allclose(before[:, 3:5], after[:, 3:5])
+
+
+def test_fp32_gradients_over_long_segments_hold() -> None:
+    parents = [*range(-1, 99), *[99, *range(100, 199)], *[99, *range(200, 259)]]
+    tree, results = Tree.of(ends(parents)), []
+    exact = inputs(260)
+    for dtype in (torch.float32, torch.float64):
+        q, k, v = (t.detach().to(dtype).requires_grad_() for t in exact)
+        y = tree_attention(q, k, v, tree) if dtype == torch.float32 else masked(q, k, v, tree.mask(), 8**-0.5)
+        results.append((y.detach(), *torch.autograd.grad(y.square().sum(), (q, k, v))))
+    for ours, true in zip(*results, strict=True):
+        assert (ours.double() - true).norm() < 1e-5 * true.norm()
+
+
+def test_bf16_differs_by_its_rounding_alone() -> None:
+    tree = Tree.of(ends([*range(-1, 29), 9, *range(30, 49)]))
+    q, k, v = inputs(50, dtype=torch.bfloat16)
+    y = tree_attention(q, k, v, tree)
+    true = masked(*(t.detach().double() for t in (q, k, v)), tree.mask(), 8**-0.5)
+    assert y.dtype == torch.bfloat16
+    assert (y.double() - true).norm() < 0.01 * true.norm()  # 8 bits
+
+
+def test_only_inputs_and_the_result_are_kept() -> None:
+    tree = Tree.of(ends([*range(-1, 29), 9, *range(30, 49)]))
+    q, k, v = (t * 1.0 for t in inputs(50))
+    kept = saved_bytes(lambda: tree_attention(q, k, v, tree))
+    log_sums = 4 * 50 * 8
+    assert kept == (2 * q.numel() + k.numel() + v.numel()) * 8 + log_sums
+
+
+@pytest.mark.parametrize("parents", [[*range(-1, 6)], [-1, 0, 1, 1, 3, -1, 5]])
+def test_flex_attention_computes_the_same(parents: list[int]) -> None:
+    tree = Tree.of(ends(parents))
+    q, k, v = (t.detach().float() for t in inputs(7))
+    torch.testing.assert_close(module._flex(q, k, v, tree, 0.3), tree_attention(q, k, v, tree, scale=0.3))
+
+
+def test_a_soft_cap_bounds_the_scores() -> None:
+    tree = Tree.of(ends([-1, 0, 1, 1, 3, -1, 5]))
+    q, k, v = inputs(7)
+    scores = 0.5 * torch.tanh(q @ k.repeat_interleave(2, 0).transpose(1, 2) * 8**-0.5 / 0.5)
+    wanted = scores.masked_fill(~tree.mask(), -torch.inf).softmax(-1) @ v.repeat_interleave(2, 0)
+    torch.testing.assert_close(tree_attention(q, k, v, tree, soft_cap=0.5), wanted)
+
+
+def test_dropout_changes_what_is_attended_to() -> None:
+    tree = Tree.of(ends([-1, 0, 1, 1, 3, -1, 5]))
+    q, k, v = inputs(7)
+    assert not torch.allclose(tree_attention(q, k, v, tree, dropout=0.5), tree_attention(q, k, v, tree))
+
+
+def test_values_of_another_width_are_served() -> None:
+    tree = Tree.of(ends([-1, 0, 1, 1, 3, -1, 5]))
+    q, k, v = inputs(7)
+    v = torch.cat([v, v[..., :3]], -1)
+    torch.testing.assert_close(tree_attention(q, k, v, tree), masked(q, k, v, tree.mask(), 8**-0.5))
