@@ -359,12 +359,13 @@ def test_the_selftest_runs_on_the_users_model(trimtab, model):
 
 def test_the_selftest_fails_when_an_equivalence_is_broken(trimtab, monkeypatch):
     from trimtab.data import batch, pack
+    from trimtab.ops.tree_attention import Tree
     from trimtab.train import packing
 
-    def leaky(examples, pad_id):  # positions that go on from one example to the next
+    def leaky(examples, pad_id):  # each example sees those before it
         whole = pack.pack(examples, pad_id)
-        positions = torch.arange(whole.position_ids.shape[1])[None]
-        return batch.dataclasses.replace(whole, position_ids=positions)
+        tokens = whole.input_ids.numel()
+        return batch.dataclasses.replace(whole, tree=Tree.of([tokens] * tokens))
 
     monkeypatch.setattr(packing, "pack", leaky)
     done = trimtab("selftest", "--json")
@@ -415,9 +416,9 @@ def test_merging_on_a_terminal_shows_that_it_goes_on(terminal, model, adapters, 
 
 def test_the_selftest_on_a_terminal_counts_its_checks(terminal):
     drawn = terminal("selftest")
-    assert re.search(r"checking .* 9/9 +[\d.]+ (checks/s|s/check)", drawn)
+    assert re.search(r"checking .* 12/12 +[\d.]+ (checks/s|s/check)", drawn)
     # The lines of the checks stand above the bar, whole.
-    assert len(re.findall(r"\rok   \w[^\r\n]*\)\s*\n", drawn)) == 9
+    assert len(re.findall(r"\rok   \w[^\r\n]*\)\s*\n", drawn)) == 12
 
 
 def test_the_hubs_own_bars_stand_alone(trimtab, model, data, monkeypatch):

@@ -124,17 +124,23 @@ def counts(examples: Sequence[Example]) -> tuple[tuple[int, ...], int, int]:
     return tuple(example.row for example in examples), tokens, supervised
 
 
-def batches(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
-    """The examples of one epoch, as indices into `lengths`, in batches of similar length.
+def batches(
+    lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int, by_length: bool = True, shuffle: bool = True
+) -> list[list[int]]:
+    """The examples of one epoch, as indices into `lengths`, in batches.
 
-    Every example stands in exactly one batch; all batches but one have batch_size examples. The order depends on
-    (lengths, batch_size, seed, epoch) alone. Raises UsageError for a batch size below 1.
+    shuffle: in a random order, and with by_length in batches of similar length; else in the order they are in. Every
+    example stands in exactly one batch; all batches but one have batch_size examples. The order depends on the
+    arguments alone. Raises UsageError for a batch size below 1.
     """
     if batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}, but must be at least 1 example")
     rng = random.Random(f"{seed} {epoch}")
     order = list(range(len(lengths)))
-    rng.shuffle(order)
+    if shuffle:
+        rng.shuffle(order)
+    if not (shuffle and by_length):
+        return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     pool = batch_size * POOL
     # Sorting within pools only: sorting all would put the same examples together in every epoch.
     pools = [sorted(order[start : start + pool], key=lengths.__getitem__) for start in range(0, len(order), pool)]

@@ -124,10 +124,10 @@ def fit(
     model, device = adapter.model, next(adapter.model.parameters()).device
     out = Path(out) if out is not None else None
     _refuse(adapter, settings, eval_examples, out, resume, loss)
-    plan = Plan.of(examples, settings, adapter.method.default_lr)
     with memory_advice(settings):
         packing = packing_for(adapter, settings.packing, [*examples, *eval_examples], loss)
     log.info("packing: %s, %s", packing.name, packing.reason)
+    plan = Plan.of(examples, settings, adapter.method.default_lr, by_length=packing.name == "pad")
     evaluation = eval_batches(eval_examples, settings, packing, pad_id)
     parameters, optimizer = adapter.parameters(), _optimizer(adapter, plan.base_lr, settings)
     identity = run_identity(adapter, settings, examples, eval_examples)

@@ -21,13 +21,14 @@ class Plan:
     lengths: tuple[int, ...]
     settings: Settings
     base_lr: float
+    by_length: bool
     steps_per_epoch: int
     steps: int
     _order: dict[int, list[list[int]]] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @staticmethod
-    def of(examples: Sequence[Example], settings: Settings, default_lr: float) -> Plan:
-        """UsageError when there is nothing to learn from."""
+    def of(examples: Sequence[Example], settings: Settings, default_lr: float, *, by_length: bool = True) -> Plan:
+        """by_length: batches of similar length, for padding. UsageError when there is nothing to learn from."""
         if not any(any(example.supervised[1:]) for example in examples):
             raise UsageError(
                 f"none of the {len(examples)} examples has a supervised token: there is nothing to train on"
@@ -36,7 +37,7 @@ class Plan:
         steps = max(1, math.ceil(settings.epochs * per_epoch - 1e-9))
         steps = min(steps, settings.max_steps or steps)
         lengths = tuple(len(example.input_ids) for example in examples)
-        return Plan(lengths, settings, settings.lr or default_lr, per_epoch, steps)
+        return Plan(lengths, settings, settings.lr or default_lr, by_length, per_epoch, steps)
 
     def batch(self, step: int) -> list[int]:
         """The examples of optimizer step `step`, counted from 1."""
@@ -46,7 +47,9 @@ class Plan:
     def _epoch(self, epoch: int) -> list[list[int]]:
         if epoch not in self._order:  # one epoch is kept: shuffling anew at each step would take longer than the step
             self._order.clear()
-            self._order[epoch] = batches(self.lengths, self.settings.batch_size, seed=self.settings.seed, epoch=epoch)
+            options = {"by_length": self.by_length, "shuffle": self.settings.shuffle}
+            size, seed = self.settings.batch_size, self.settings.seed
+            self._order[epoch] = batches(self.lengths, size, seed=seed, epoch=epoch, **options)
         return self._order[epoch]
 
     def evaluates(self, step: int) -> bool:

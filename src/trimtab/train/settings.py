@@ -31,6 +31,7 @@ class Settings:
         "auto",
         "tree: what examples of a batch begin alike with is computed once; pack: one row; auto: the best exact one",
     )
+    shuffle: bool = option(True, "take the examples in a new order in each epoch, or in the order they are in")
     lr: float | None = option(None, "learning rate; by default the method's own, 2e-4 for LoRA")
     schedule: Literal["constant", "linear", "cosine"] = option("constant", "how the learning rate falls after warm-up")
     warm_up: float = option(0.0, "share of the steps in which the learning rate rises from 0")
