@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trimtab.deltas import METHODS, make_method, method_class, method_spec
-from trimtab.errors import UsageError
-from trimtab.options import convert, from_mapping, option, read_yaml, to_mapping, type_name
+from trimtab.errors import UsageError, did_you_mean
+from trimtab.options import convert, did_you_mean_option, from_mapping, helps, option, read_yaml, to_mapping, type_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +131,8 @@ def test_types_are_written_for_users() -> None:
 
 def test_yaml_that_is_none_is_refused(tmp_path) -> None:
     for content, message in (
-        (b"- a\n- b\n", "but holds list"),
+        (b"- a\n- b\n", "but holds a list"),
+        (b"# nothing\n", "is empty"),
         (b"a: [", "is not YAML"),
         (b"\xff\xfe\xfa", "is not YAML"),
     ):
@@ -169,3 +170,23 @@ def test_the_light_specification_imports_no_torch() -> None:
 def test_an_unknown_method_names_the_known_ones() -> None:
     with pytest.raises(UsageError, match=r"unknown method 'lorra'; did you mean lora\? \(known: lora, full"):
         make_method("lorra")
+
+
+def test_an_option_is_found_by_what_its_help_says() -> None:
+    known = {
+        "lr": "learning rate; by default its own",
+        "schedule": "how the learning rate falls",
+        "clip": "largest norm",
+    }
+    for wrong in ("learning_rate", "--learning-rate"):
+        assert did_you_mean_option(wrong, known) == "; did you mean lr?"
+    assert did_you_mean_option("clp", known) == "; did you mean clip?"
+    assert did_you_mean_option("--", known) == ""
+    assert helps(Sample)["rate"] == "how fast"
+
+
+def test_files_that_share_their_ending_alone_are_not_alike() -> None:
+    files = ["report.jsonl", "metrics.jsonl"]
+    assert did_you_mean("nothing.jsonl", files) == ""
+    assert did_you_mean("metric.jsonl", files) == "; did you mean metrics.jsonl?"
+    assert "layers.0.q_proj" in did_you_mean("layers.0.q_prj", ["layers.0.q_proj"])

@@ -48,5 +48,13 @@ def problems_to_error(problems: Sequence[str], what: str) -> None:
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     """'; did you mean X?' for the nearest of `known`, or '' when nothing is near."""
-    near = difflib.get_close_matches(wrong, list(known), n=3, cutoff=0.5)
+    near = [name for name in difflib.get_close_matches(wrong, list(known), n=3, cutoff=0.5) if _alike(wrong, name)]
     return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _alike(wrong: str, name: str) -> bool:
+    """Whether two names are near in more than the ending of a file name, which all files of a kind share."""
+    (stem, _, ending), (other, _, other_ending) = wrong.rpartition("."), name.rpartition(".")
+    if not stem or ending != other_ending:
+        return True
+    return difflib.SequenceMatcher(None, stem, other).ratio() >= 0.6

@@ -124,7 +124,7 @@ def read_mapping(cls: type, mapping: Mapping[str, Any]) -> tuple[dict[str, Any],
     for key, value in mapping.items():
         name = key.replace("-", "_")
         if name not in fields:
-            problems.append(f"unknown key '{key}'{did_you_mean(name, fields)}")
+            problems.append(f"unknown key '{key}'{did_you_mean_option(name, helps(cls))}")
             continue
         try:
             values[name] = convert(value, hints[name])
@@ -135,6 +135,21 @@ def read_mapping(cls: type, mapping: Mapping[str, Any]) -> tuple[dict[str, Any],
         if required and name not in mapping and name.replace("_", "-") not in mapping:
             problems.append(f"'{name}' is missing ({type_name(hints[name])})")
     return values, problems
+
+
+def helps(cls: type) -> dict[str, str]:
+    """The help of each field of a dataclass."""
+    return {field.name: field.metadata.get("help", "") for field in dataclasses.fields(cls)}
+
+
+def did_you_mean_option(wrong: str, known: Mapping[str, str]) -> str:
+    """'; did you mean X?' for the option that `wrong` describes, or else that it is spelt like; '' for none.
+
+    known: the help of each option. learning_rate describes lr, whose help begins with those words.
+    """
+    words = " ".join(wrong.replace("_", " ").replace("-", " ").lower().split())
+    described = [name for name, text in known.items() if words and text.lower().startswith(words)]
+    return f"; did you mean {' or '.join(described)}?" if described else did_you_mean(wrong, known)
 
 
 def to_mapping(options: Any) -> dict[str, Any]:
@@ -161,6 +176,9 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if content is None:
+        raise UsageError(f"{path} is empty, but must hold keys and values")
     if not isinstance(content, dict):
-        raise UsageError(f"{path} must hold keys and values, but holds {type(content).__name__}")
+        what = "a list" if isinstance(content, list) else f"{content!r}"
+        raise UsageError(f"{path} must hold keys and values, but holds {what}")
     return {str(k): v for k, v in content.items()}

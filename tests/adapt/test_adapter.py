@@ -379,7 +379,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(method, reentrant: bool
     gradients = []
     for checkpointing in (False, True):
         model = built("llama")
-        adapter = stir(trimtab.attach(model, method, bias="all", extra_modules=["norm", "lm_head"]))
+        adapter = stir(trimtab.attach(model, method, extra_modules=["norm", "lm_head"]))
         model.train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})

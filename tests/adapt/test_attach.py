@@ -445,6 +445,36 @@ def test_any_order_of_actions_ends_in_the_same_base(actions: list[str], random) 
     assert_same(before, snapshot(model.eval()))
 
 
+@pytest.mark.parametrize(
+    ("bias", "told"),
+    [("all", "but the model has no bias"), ("adapter-only", "but none of the 14 chosen modules has a")],
+)
+def test_biases_that_are_not_there_are_refused(bias: str, told: str) -> None:
+    model = built("llama")
+    before = snapshot(model)
+    with pytest.raises(UsageError, match=f"bias is '{bias}', {told}"):
+        trimtab.attach(model, SMALL, bias=bias)
+    assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ("lm_haed", r"did you mean lm_head\?"),
+        ("self_atn", r"did you mean model\.layers\.0\.self_attn\?"),
+        ("nosuch", r"there are: model, lm_head, model\.embed_tokens,"),
+    ],
+)
+def test_an_extra_module_that_is_not_there_is_answered_with_paths(wrong: str, told: str) -> None:
+    with pytest.raises(UsageError, match=f"extra module '{wrong}' matches no module; {told}"):
+        trimtab.attach(built("llama"), SMALL, extra_modules=[wrong])
+
+
+def test_a_model_without_tied_targets_is_not_warned_of(caplog) -> None:
+    trimtab.attach(built("llama-tied"), SMALL)
+    assert not caplog.records
+
+
 def test_only_a_kind_of_module_that_is_known_is_adaptable() -> None:
     sites, refused = adaptable(base_modules(seer()))
     assert set(sites) == {"stem", "conv", "head.0", "head.4"}

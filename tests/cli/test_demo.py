@@ -66,6 +66,7 @@ def test_the_demo_goes_through_on_any_model_and_code(trimtab, model, code, tmp_p
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 4
     assert "next:" in done.err
+    assert "95% interval of after" in done.err
     again = trimtab("train", "--config", out / "config.yaml", "--out", tmp_path / "again")
     assert again.code == 0, again.err
     names = [folder / "adapter" / "adapter_model.safetensors" for folder in (out, tmp_path / "again")]
@@ -100,6 +101,20 @@ def test_the_demo_checks_its_data_before_anything_slow(trimtab, model, tmp_path,
     )  # fmt: skip
     assert done.code == 130, done.err
     assert "warning: contamination: 3 of the 3 rows of test.jsonl (100%)" in done.err
+
+
+def test_stopping_the_demo_says_what_going_on_leaves_out(trimtab, model, code, tmp_path, monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trimtab.train.loop.fit", stop)
+    done = trimtab(
+        "demo", "--model", model, "--code", code, "--functions", 8, "--test-functions", 4, "--out", tmp_path / "run",
+        "--threads", 1,
+    )  # fmt: skip
+    assert done.code == 130, done.err
+    told = f"train --out {tmp_path / 'run'} --resume: it trains to the end, but measures nothing before and after"
+    assert told in done.err
 
 
 @pytest.mark.slow

@@ -46,7 +46,9 @@ def test_every_flag_says_what_it_does(trimtab, command):
     shown = trimtab(*command, "--help").out
     entries = re.split(r"\n  (?=-|[A-Z])", shown)[1:]
     assert entries
-    assert {"--json", "--quiet", "--debug"} <= set(re.findall(r"--[\w-]+", shown))
+    headings = re.findall(r"^[\w ]+:$", shown, flags=re.MULTILINE)
+    assert len(set(headings)) == len(headings)
+    assert {"--json", "--quiet", "--debug", "--help"} <= set(re.findall(r"--[\w-]+", shown))
     for entry in entries:
         assert len(" ".join(entry.split("\n\n")[0].split()).split("  ")[0].split()) > 2, entry
 
@@ -91,6 +93,11 @@ def test_the_version_is_told(trimtab):
         (["data"], "there is: trimtab data inspect"),
         (["data", "inspekt"], "'data inspekt' is no command"),
         (["train", "--rnak", "3"], "unknown flag --rnak; did you mean --rank"),
+        (["train", "--learning-rate", "1"], "unknown flag --learning-rate; did you mean --lr?"),
+        (["train", "--resume"], "--resume needs the run's folder: give --out"),
+        (["merge"], "trimtab: merge: 3 problems"),
+        (["train"], "trimtab: train: 2 problems"),
+        (["train", "--model", "m", "--data", "d", "--samples", "-1"], "samples is -1, but must be at least 0"),
         (["train", "--rank"], "--rank: expected one argument"),
         (["train", "--method", "loar"], "unknown method 'loar'; did you mean lora"),
         (["train", "stray"], "'stray' is one argument too many for trimtab train"),
@@ -203,13 +210,17 @@ def test_hyphens_and_underscores_are_the_same_key(read):
 def test_the_method_of_the_recipe_decides_its_flags(read, trimtab, tmp_path):
     assert read("model: m\ndata: d\nmethod: full\n")["method"] == "full"
     (tmp_path / "full.yaml").write_text("model: m\ndata: d\nmethod: full\n")
-    assert "unknown flag --rank" in trimtab("train", "--config", tmp_path / "full.yaml", "--rank", 3).err
+    why = "--rank is for method lora, but the method is full"
+    assert why in trimtab("train", "--config", tmp_path / "full.yaml", "--rank", 3).err
+    assert why in trimtab("train", "--method", "full", "--rank=3").err
 
 
 @pytest.mark.parametrize(
     ("text", "told"),
     [
         ("rnak: 3", "unknown key 'rnak'; did you mean rank"),
+        ("learning_rate: 3", "unknown key 'learning_rate'; did you mean lr?"),
+        ("zzz: 3", "unknown key 'zzz' (known: method, model, "),
         ("json: true", "unknown key 'json'"),
         ("config: other.yaml", "unknown key 'config'"),
         ("rank: many", "rank is 'many', but must be a whole number"),
@@ -218,7 +229,7 @@ def test_the_method_of_the_recipe_decides_its_flags(read, trimtab, tmp_path):
         ("slices: {c_attn: '1,2'}", "write 1 or 0"),
         ("max_length: 1", "max_length is 1, but must be at least 2"),
         ("resume: true\nlr: -1", "lr is -1"),
-        ("- a\n- b", "must hold keys and values"),
+        ("- a\n- b", "must hold keys and values, but holds a list"),
         ("a: [", "is not YAML"),
     ],
 )

@@ -285,6 +285,22 @@ def test_a_merge_does_not_replace_what_is_there(trimtab, model, adapters):
     assert f"{model} exists and is not empty" in done.err
 
 
+def test_an_export_does_not_replace_what_is_there(trimtab, adapters):
+    before = (adapters / "sql" / "adapter_model.safetensors").read_bytes()
+    done = trimtab("export", "--model", "no-such-model", "--adapter", adapters / "sql", "--out", adapters / "sql")
+    assert done.code == 2
+    assert f"{adapters / 'sql'} exists and is not empty" in done.err
+    assert (adapters / "sql" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_quiet_keeps_where_the_result_went(trimtab, model, adapters, tmp_path):
+    fixed = ["--model", model, "--adapter", adapters / "sql", "--quiet"]
+    assert trimtab("merge", *fixed, "--out", tmp_path / "merged").out.endswith(
+        f"merged model: {tmp_path / 'merged'} (audit in {tmp_path / 'merged' / 'audit.json'})\n"
+    )
+    assert trimtab("export", *fixed, "--out", tmp_path / "out").out == f"peft adapter: {tmp_path / 'out'}\n"
+
+
 def test_an_untrained_adapter_is_not_worth_a_merge(trimtab, model, tmp_path):
     import trimtab as package
     from trimtab.models.load import load
@@ -338,6 +354,13 @@ def test_a_report_is_written_beside_the_run(train, trimtab, tmp_path):
     assert done.json == {"report": [str(tmp_path / "run" / "report.html")]}
     assert "<html" in page
     assert trimtab("report", tmp_path).code == 2
+    (tmp_path / "notes.html").write_text("<html>mine</html>")
+    taken = trimtab("report", tmp_path / "run", "--out", tmp_path / "notes.html")
+    assert taken.code == 2
+    assert "exists and is no report of trimtab's" in taken.err
+    assert (tmp_path / "notes.html").read_text() == "<html>mine</html>"
+    for _ in range(2):  # a page of its own is replaced
+        assert trimtab("report", tmp_path / "run", "--out", tmp_path / "page.html").code == 0
     assert "leave it out" in trimtab("report", tmp_path / "run", tmp_path / "run", "--out", "x.html").err
 
 

@@ -6,22 +6,12 @@ import gzip
 import json
 import re
 import shutil
-import signal
 import subprocess
-import time
 
 import pytest
 import torch
 import yaml
-from tiny_command_line import rows, write_rows
-
-
-def files(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-def weights(folder):
-    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+from tiny_command_line import files, rows, weights, write_rows
 
 
 def test_a_run_folder_holds_what_it_should(train, tmp_path):
@@ -48,9 +38,25 @@ def test_json_is_one_object_with_the_figures_and_the_rest_is_told_elsewhere(trai
     assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
 
 
-def test_quiet_says_nothing(train, tmp_path):
+def test_quiet_tells_the_result_alone(train, tmp_path):
     done = train(tmp_path / "run", "--quiet")
-    assert (done.code, done.out, done.err) == (0, "", "")
+    assert (done.code, done.err) == (0, "")
+    assert re.fullmatch(rf"trained in [^\n]+\nadapter: {tmp_path}/run/adapter\n", done.out)
+    json_too = train(tmp_path / "again", "--quiet", "--json")
+    assert json_too.json["steps"] == 2
+    assert json_too.err == ""
+
+
+def test_without_a_terminal_a_plain_line_comes_now_and_then(train, tmp_path, monkeypatch):
+    assert "training" not in train(tmp_path / "short").err
+    monkeypatch.setattr("trimtab.cli.plain_lines.FIRST_SECONDS", -1.0)
+    monkeypatch.setattr("trimtab.cli.plain_lines.EVERY_SECONDS", 0.0)
+    done = train(tmp_path / "run", "--json")
+    assert "training: 0 of 2 steps\n" in done.err
+    line = r"training, loss [\d.]+: 1 of 2 steps, [\d.]+ (steps/s|s/step), ETA \d+:\d\d:\d\d\n"
+    assert re.search(line, done.err)
+    assert done.json["steps"] == 2
+    assert train(tmp_path / "quiet", "--quiet").err == ""
 
 
 def test_the_saved_config_gives_the_same_run_again(train, trimtab, tmp_path):
@@ -89,154 +95,6 @@ def test_full_fine_tuning_and_patterns_go_through_the_command_line(trimtab, mode
     assert lora["trainable_parameters"] == 64 * (4 + 2)
 
 
-# --- resuming ---
-
-
-def metrics(folder):
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in found]
-
-
-@pytest.fixture
-def interrupted(train, tmp_path):
-    """A finished run of six steps, and a copy of it as it was after four."""
-    train(tmp_path / "whole", "--max-steps", 6, "--epochs", 4, "--save-every", 2, "--dropout", 0.1)
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    shutil.rmtree(tmp_path / "cut" / "adapter")
-    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-000006")
-    return tmp_path / "whole", tmp_path / "cut"
-
-
-def test_resuming_needs_the_folder_alone(interrupted, trimtab):
-    whole, cut = interrupted
-    done = trimtab("train", "--out", cut, "--resume", "--json")
-    assert done.code == 0, done.err
-    assert done.json["steps"] == 6
-    assert weights(cut) == weights(whole)
-    assert metrics(cut) == metrics(whole)
-
-
-def test_resuming_takes_the_same_flags_again(interrupted, train):
-    whole, cut = interrupted
-    done = train(cut, "--max-steps", 6, "--epochs", 4, "--save-every", 2, "--dropout", 0.1, "--resume")
-    assert done.code == 0, done.err
-    assert weights(cut) == weights(whole)
-
-
-def test_resuming_keeps_what_the_run_records(train, trimtab, tmp_path, data, monkeypatch):
-    made = []
-
-    class Log:
-        def log(self, row):
-            pass
-
-        def close(self):
-            pass
-
-    monkeypatch.setattr("trimtab.train.metrics.make_logger", lambda name, folder: made.append(name) or Log())
-    flags = ["--eval-data", data / "eval.jsonl", "--log-to", "tensorboard", "--samples", 1, "--save-every", 1]
-    train(tmp_path / "run", *flags)
-    shutil.rmtree(tmp_path / "run" / "adapter")
-    (tmp_path / "run" / "samples.jsonl").unlink()
-    done = trimtab("train", "--out", tmp_path / "run", "--resume")
-    assert done.code == 0, done.err
-    assert made == ["tensorboard", "tensorboard"]
-    assert len((tmp_path / "run" / "samples.jsonl").read_text().splitlines()) == 1
-
-
-def test_resuming_may_record_something_else(interrupted, trimtab):
-    whole, cut = interrupted
-    done = trimtab("train", "--out", cut, "--resume", "--samples", 5)
-    assert done.code == 0, done.err
-    assert len((cut / "samples.jsonl").read_text().splitlines()) == 5
-    assert weights(cut) == weights(whole)
-
-
-def test_resuming_takes_the_default_of_a_key_that_the_run_did_not_know(interrupted, trimtab):
-    whole, cut = interrupted
-    config = yaml.safe_load((cut / "config.yaml").read_text())
-    later = ("split", "eval_split", "log_to", "samples")
-    (cut / "config.yaml").write_text(yaml.safe_dump({k: v for k, v in config.items() if k not in later}))
-    done = trimtab("train", "--out", cut, "--resume")
-    assert done.code == 0, done.err
-    assert weights(cut) == weights(whole)
-
-
-def test_resuming_with_another_recipe_names_the_keys(interrupted, trimtab):
-    _, cut = interrupted
-    before = files(cut)
-    done = trimtab("train", "--out", cut, "--resume", "--lr", 1, "--rank", 2)
-    assert done.code == 2
-    assert "lr was None, and is 1.0 now" in done.err
-    assert "rank was 4, and is 2 now" in done.err
-    assert files(cut) == before
-
-
-def test_resuming_with_other_data_under_the_same_name_is_refused(trimtab, model, tmp_path):
-    data = write_rows(tmp_path / "rows.jsonl", rows(0, 12))
-    fixed = ["train", "--model", model, "--data", data, "--threads", 1, "--out", tmp_path / "run"]
-    trimtab(*fixed, "--save-every", 1)
-    write_rows(data, rows(1, 13))
-    done = trimtab("train", "--out", tmp_path / "run", "--resume")
-    assert done.code == 2
-    assert "training data was '12 examples" in done.err
-
-
-def test_resuming_what_is_no_run_is_told(trimtab, tmp_path):
-    done = trimtab("train", "--out", tmp_path / "typo", "--resume")
-    assert done.code == 2
-    assert f"there is no run to resume in {tmp_path / 'typo'}" in done.err
-    assert "give --out" in trimtab("train", "--model", "m", "--data", "d", "--resume").err
-
-
-def test_resuming_a_run_that_had_not_begun_begins_it(train, tmp_path):
-    done = train(tmp_path / "run", "--resume")
-    assert done.code == 0
-    assert "nothing to resume" in done.err
-    assert (tmp_path / "run" / "adapter").is_dir()
-
-
-def test_a_used_folder_is_not_overwritten(train, tmp_path):
-    train(tmp_path / "run")
-    before = weights(tmp_path / "run")
-    done = train(tmp_path / "run", "--seed", 9)
-    assert done.code == 2
-    assert "is not empty: choose another folder, or go on with --resume" in done.err
-    assert weights(tmp_path / "run") == before
-
-
-def test_ctrl_c_leaves_a_run_that_goes_on(process, trimtab, model, data, tmp_path):
-    out = tmp_path / "a run"
-    fixed = ["train", "--model", model, "--data", data / "train.jsonl", "--threads", 1, "--rank", 2, "--seed", 1]
-    child = process(*fixed, "--epochs", 100_000, "--max-steps", 100_000, "--out", out)
-    wait_for(lambda: (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text()) > 2000, child)
-    child.send_signal(signal.SIGINT)
-    _, err = child.communicate(timeout=60)
-    assert child.returncode == 130
-    assert "Traceback" not in err
-    assert f"trimtab: stopped: go on with trimtab train --out '{out}' --resume" in err
-    reached = len(metrics(out))
-    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{reached:06d}"]
-    # The same run, made short, so that going on comes to an end.
-    config = yaml.safe_load((out / "config.yaml").read_text())
-    state = out / "checkpoints" / f"step-{reached:06d}" / "state.json"
-    (out / "config.yaml").write_text(yaml.safe_dump({**config, "max_steps": reached + 2}))
-    state.write_text(state.read_text().replace('"max_steps": 100000', f'"max_steps": {reached + 2}'))
-    done = trimtab("train", "--out", out, "--resume", "--json")
-    assert done.code == 0, done.err
-    trimtab(*fixed, "--epochs", 100_000, "--max-steps", reached + 2, "--out", tmp_path / "whole", "--dtype", "float32")
-    assert weights(out) == weights(tmp_path / "whole")
-    assert metrics(out) == metrics(tmp_path / "whole")
-
-
-def wait_for(condition, child, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert child.poll() is None, child.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 def test_training_reads_the_splits_asked_for(train, tmp_path, data, monkeypatch):
     import sys
 
@@ -264,7 +122,10 @@ def test_contamination_is_a_loud_warning(train, tmp_path, data):
     leaked = write_rows(tmp_path / "eval.jsonl", [*rows(0, 3), *rows(50, 51)])
     done = train(tmp_path / "run", "--eval-data", leaked)
     assert done.code == 0
-    assert "warning: contamination: 3 of the 4 rows of eval.jsonl (75%)" in done.err
+    told = "contamination: 3 of the 4 rows of eval.jsonl (75%)"
+    assert f"warning: {told}" in done.err
+    (recorded,) = json.loads((tmp_path / "run" / "result.json").read_text())["warnings"]
+    assert recorded.startswith(told)
 
 
 def test_cut_answers_are_a_loud_warning(train, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -281,6 +282,61 @@ def test_what_the_user_wrote_is_kept_with_the_adapter(options: dict[str, Any], t
     assert loaded.whole == adapter.whole
     assert loaded.state_dict().keys() == adapter.state_dict().keys()
     assert all(torch.equal(t, adapter.state_dict()[k]) for k, t in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("beside", ["config.json", "README.md"])
+def test_saving_over_an_adapter_loses_nothing_that_stands_beside_it(beside: str, folder: Path) -> None:
+    (folder / beside).write_text("mine")
+    with pytest.raises(UsageError, match=f"holds more than an adapter \\({beside}\\), which would be lost"):
+        trimtab.attach(reader(), SMALL).save(folder)
+    assert (folder / beside).read_text() == "mine"
+
+
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_base_is_known_again_in_every_dtype(saved: torch.dtype, loaded: torch.dtype, tmp_path: Path) -> None:
+    checkpoint = built("llama")
+    folder = trimtab.attach(copy.deepcopy(checkpoint).to(saved), SMALL).save(tmp_path / "a")
+    trimtab.load(checkpoint.to(loaded), folder)
+    trimtab.load(copy.deepcopy(checkpoint).to(saved), folder, name="again")
+
+
+def test_an_adapter_of_another_base_of_the_same_shapes_is_refused_unless_asked_for(tmp_path: Path) -> None:
+    folder = trimtab.attach(reader(), SMALL).save(tmp_path / "a")
+    check_refused(folder, "another base: there, the weight of .* any_base=True", reader(seed=1), FormatError)
+    assert trimtab.load(reader(seed=1), folder, any_base=True).deltas
+    (folder / OWN).unlink()  # as PEFT saves it
+    assert trimtab.load(reader(seed=1), folder).deltas
+
+
+def test_a_base_with_an_adapter_merged_into_it_is_another_base(tmp_path: Path) -> None:
+    model = reader()
+    folder = trimtab.attach(model, SMALL, name="first").save(tmp_path / "first")
+    change = stir(trimtab.attach(model, SMALL, name="second"), size=0.02)
+    trimtab.merge(change)
+    kept = trimtab.adapters(model)["first"].save(tmp_path / "while-merged")
+    merged = reader()
+    merged.load_state_dict({k: t for k, t in model.state_dict().items() if "deltas" not in k}, strict=False)
+    for place in (folder, kept):
+        check_refused(place, "another base", merged, FormatError)
+        assert trimtab.load(reader(), place).deltas, "what is merged in is not the base"
+
+
+def test_a_head_that_is_made_afresh_at_each_load_is_no_other_base(tmp_path: Path) -> None:
+    folder = trimtab.attach(reader(), SMALL, extra_modules=["head"]).save(tmp_path / "a")
+    other = reader()
+    nn.init.normal_(other.head.weight, generator=torch.Generator().manual_seed(9))
+    assert trimtab.load(other, folder).copies
+
+
+@pytest.mark.parametrize(
+    "broken", [[1], {"head": 3}, {"head": "zz"}, {"head": "abc"}, {"head": "abcdef"}, {"head": ""}]
+)
+def test_a_broken_fingerprint_is_refused(broken: Any, tmp_path: Path) -> None:
+    folder = trimtab.attach(reader(), SMALL, targets=["head"]).save(tmp_path / "a")
+    own = json.loads((folder / OWN).read_text())
+    (folder / OWN).write_text(json.dumps({**own, "base": broken}))
+    check_refused(folder, "trimtab.json is broken: 'base' must hold values", error=FormatError)
 
 
 def test_saving_replaces_an_adapter_and_nothing_else(folder: Path) -> None:

@@ -43,6 +43,28 @@ def test_a_gguf_file_loads_with_its_tokenizer(tiny_gguf):
     assert loaded.model.dtype == torch.float32
 
 
+def names_saved(model, folder):
+    import trimtab
+
+    trimtab.attach(model, trimtab.LoRA(rank=2)).save(folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    own = json.loads((folder / "trimtab.json").read_text())
+    return config["base_model_name_or_path"], own["provenance"]["base_model"]
+
+
+def test_an_adapter_on_a_converted_file_does_not_name_the_cache(tiny_gguf, tmp_path):
+    name = str(tiny_gguf[0])
+    assert names_saved(load(name).model, tmp_path / "adapter") == (name, name)
+
+
+def test_an_adapter_on_an_embedded_model_names_what_other_tools_can_load(tiny_gguf, tmp_path, monkeypatch):
+    from trimtab.models.embedded import EmbeddedModel
+
+    monkeypatch.setattr(EmbeddedModel, "_found", lambda self: tiny_gguf[0])
+    saved = names_saved(load("smollm2-135m").model, tmp_path / "adapter")
+    assert saved == ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m")
+
+
 def test_a_name_that_is_nowhere_gets_the_nearest_one():
     with pytest.raises(UsageError, match=r"smollm2-135.*smollm2-135m, minilm.*connection.*did you mean smollm2-135m"):
         load("smollm2-135")

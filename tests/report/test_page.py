@@ -120,6 +120,51 @@ def test_gain_and_forgetting_stand_with_interval_and_chance(whole: Page) -> None
     assert "95 % bootstrap intervals" in text
 
 
+def test_a_change_is_judged_by_its_own_interval_where_there_is_one(run: Path) -> None:
+    measure = {"before": 0.825, "after": 0.9125, "interval_before": [0.7375, 0.9], "interval_after": [0.85, 0.9625]}
+    edit(run / "result.json", knowledge=measure | {"interval_of_change": [0.025, 0.1625]})
+    page = page_of(run)
+    # 91.2 is 82.5 and 8.7: the difference is that of the figures as they are shown.
+    assert "a change of +8.7 points, 95 % interval +2.5 to +16.2 points, which excludes 0" in page.text
+    assert "+8.7 points [+2.5 to +16.2 points] from 82.5 %" in page.text
+    assert "General knowledge: interval of change" not in page.text
+    edit(run / "result.json", knowledge=measure | {"interval_of_change": [-0.025, 0.1625]})
+    assert "−2.5 to +16.2 points, which holds 0, so it may be chance" in page_of(run).text
+    f1 = {"before": 0.0214, "after": 0.2436, "interval_of_change": [0.1, 0.3]}
+    edit(run / "result.json", subtoken_f1=f1)
+    assert "a change of +0.223, 95 % interval 0.100 to 0.300, which excludes 0" in page_of(run).text
+
+
+def test_warnings_of_training_stand_at_the_top(run: Path) -> None:
+    edit(run / "result.json", warnings=["contamination: 3 of the 4 rows <b>stand</b> there"])
+    page = page_of(run)
+    header = page.source[: page.source.index("</header>")]
+    assert '<p class="warning">Warning: contamination: 3 of the 4 rows &lt;b&gt;stand&lt;/b&gt; there</p>' in header
+    assert page.text.count("contamination") == 1
+
+
+def test_a_learning_rate_that_was_left_to_the_method_is_told(whole: Page, run: Path) -> None:
+    assert "own learning rate" not in whole.text
+    (run / "config.yaml").write_text("method: lora\nlr: null\n", encoding="utf-8")
+    assert "lr is null: the method's own learning rate, 0.000200, was used." in page_of(run).text
+
+
+def test_one_of_a_kind_is_told_in_the_singular(run: Path, folders: ModuleType) -> None:
+    folders.write_lines(run / "metrics.jsonl", folders.metrics(1)[1:])
+    edit(run / "audit.json", layers=folders.layers(1)[:1])
+    text = page_of(run).text
+    for words in ("for 1 optimizer step on", "1 row of metrics.jsonl", "moved the one weight matrix", "The module"):
+        assert words in text
+
+
+def test_one_step_has_no_ticks_between_steps(run: Path, folders: ModuleType) -> None:
+    folders.write_lines(run / "metrics.jsonl", folders.metrics(1)[1:])
+    curves = re.findall(r"<svg.*?</svg>", page_of(run).source, flags=re.DOTALL)[1]
+    ticks = re.findall(r'id="curves-xtick_\d+">.*?<text[^>]*>([^<]*)</text>', curves, flags=re.DOTALL)
+    assert ticks
+    assert set(ticks) == {"1"}
+
+
 def test_the_intervals_say_what_was_drawn_anew(whole: Page, run: Path) -> None:
     told = "Drawn anew each time: 37 whole modules for Subtoken F1, Exact match; 80 questions for General knowledge."
     assert told in whole.text

@@ -12,7 +12,9 @@ from tiny_training import make_examples, make_llama
 
 import trimtab
 from trimtab.errors import UsageError
-from trimtab.train.loss import causal_loss
+from trimtab.train.loss import causal_loss, mean_loss
+from trimtab.train.packing import packing_for
+from trimtab.train.plan import eval_batches
 from trimtab.train.settings import Settings
 
 ROUNDING = 1e-4  # fp32 gradients summed in another order, and Adam's division by their size
@@ -27,7 +29,7 @@ def losses(reports):
 
 
 def test_the_loss_curve_is_the_recorded_one(run):
-    _, result, reports = run(epochs=2, schedule="cosine", warm_up=0.25, clip=0.5)
+    _, result, reports = run(epochs=2, schedule="cosine", warm_up=0.25, clip=0.5, packing="pad")
     assert losses(reports) == pytest.approx(GOLDEN, rel=1e-4)
     tokens = sum(len(example.input_ids) for example in make_examples())
     assert result.real_tokens == 2 * tokens
@@ -141,6 +143,18 @@ def test_evaluation_does_not_change_training(run, same):
 def test_evaluation_comes_at_its_interval_and_at_the_end(run):
     _, _, reports = run(epochs=2, eval_every=3, eval_examples=make_examples(4, seed=9))
     assert [report.step for report in reports if report.eval_loss is not None] == [3, 6, 8]
+
+
+def test_the_evaluation_loss_before_training_is_the_base_models(run, tmp_path):
+    held_out = make_examples(3, seed=8)
+    adapter = trimtab.attach(make_llama(), trimtab.LoRA(rank=2))
+    settings = Settings(packing="pad")
+    batches = eval_batches(held_out, settings, packing_for(adapter, "pad", held_out, causal_loss))
+    _, result, reports = run(tmp_path, eval_examples=held_out, packing="pad")
+    assert result.eval_loss_before == mean_loss(adapter.model.eval(), batches, causal_loss)
+    assert result.eval_loss < result.eval_loss_before
+    assert [report.eval_loss for report in reports[:-1]] == [None] * (len(reports) - 1)
+    assert run()[1].eval_loss_before is None
 
 
 def test_the_best_weights_are_kept_when_asked_for(run, same, tmp_path):

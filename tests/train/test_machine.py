@@ -39,6 +39,51 @@ def test_the_fastest_is_chosen_and_told(monkeypatch, speeds, threads, dtype):
     assert "1 thread 50, 4 threads" in chosen.reason
 
 
+def test_one_thread_is_taken_only_where_it_is_clearly_faster(monkeypatch):
+    speeds = {(1, torch.float32): 54, (4, torch.float32): 50, (4, torch.bfloat16): 50}
+    monkeypatch.setattr(machine, "_speed", lambda count, kind: float(speeds[count, kind]))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: range(4))
+    assert machine.choose().threads == 4
+
+
+@pytest.mark.parametrize("busy", [range(2), range(4, 7), range(9, 12)], ids=["first", "within", "late"])
+def test_a_busy_moment_does_not_decide(monkeypatch, busy):
+    speeds, calls = {(1, torch.float32): 30, (4, torch.float32): 90, (4, torch.bfloat16): 80}, []
+
+    def speed(count, kind):
+        calls.append(kind)
+        return speeds[count, kind] / (10.0 if len(calls) - 1 in busy else 1.0)
+
+    monkeypatch.setattr(machine, "_speed", speed)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: range(4))
+    chosen = machine.choose()
+    assert (chosen.threads, chosen.dtype) == (4, torch.float32)
+
+
+def test_measuring_stops_where_a_product_is_slow(monkeypatch):
+    calls, now = [], [0.0]
+
+    def speed(count, kind):
+        calls.append(count)
+        now[0] += 0.05
+        return 1.0
+
+    monkeypatch.setattr(machine, "_speed", speed)
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: range(4))
+    machine.choose()
+    assert len(calls) == 4  # one round of each kind
+
+
+def test_more_threads_than_cores_are_refused(monkeypatch):
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: range(2))
+    with pytest.raises(UsageError, match="threads is 3, but must be at most 2, the cores that this process may use"):
+        machine.choose(3)
+
+
 def test_no_threads_are_refused():
     with pytest.raises(UsageError, match="threads is 0, but must be at least 1"):
         machine.choose(0)

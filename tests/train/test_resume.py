@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -50,7 +51,7 @@ def test_a_run_stopped_at_any_step_ends_the_same(run, stopped, tmp_path, stop, o
     _, resumed, _ = run(tmp_path / "cut", resume=True, **SETTINGS, **options)
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
-    for name in ("steps", "real_tokens", "supervised_tokens", "train_loss", "eval_loss"):
+    for name in ("steps", "real_tokens", "supervised_tokens", "train_loss", "eval_loss", "eval_loss_before"):
         assert getattr(resumed, name) == getattr(whole, name)
 
 
@@ -133,8 +134,17 @@ def test_a_damaged_checkpoint_is_named(run, stopped, tmp_path):
         run(tmp_path, stop=5, **SETTINGS)
     file = checkpoints(tmp_path / "checkpoints")[-1] / "state.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(FormatError, match=r"step-000004/state\.safetensors is not a whole safetensors file"):
+    told = r"step-000004/state\.safetensors is not a whole .*step-000002 before it is whole: delete .*step-000004, and"
+    with pytest.raises(FormatError, match=told):
         run(tmp_path, resume=True, **SETTINGS)
+    older = checkpoints(tmp_path / "checkpoints")[0] / "state.json"
+    kept = older.read_text()
+    older.write_text("{}")
+    with pytest.raises(FormatError, match="No other checkpoint is whole: start anew in another folder"):
+        run(tmp_path, resume=True, **SETTINGS)
+    older.write_text(kept)
+    shutil.rmtree(file.parent)
+    assert run(tmp_path, resume=True, **SETTINGS)[2][0].step == 3  # what the message says to do, works
 
 
 def test_metrics_cut_short_in_a_line_are_mended(run, stopped, tmp_path):

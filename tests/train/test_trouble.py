@@ -84,12 +84,46 @@ def test_a_gradient_that_is_not_finite_stops_the_run_too(examples):
 def test_an_evaluation_that_is_not_finite_stops_the_run(examples, tmp_path):
     adapter = trimtab.attach(make_llama(), trimtab.LoRA(rank=2))
 
+    steps = []
+
     def loss(model, batch):
-        return causal_loss(model, batch) * (1.0 if model.training else float("nan"))
+        return causal_loss(model, batch) * (float("nan") if steps and not model.training else 1.0)
 
     with pytest.raises(TrainingError, match="the evaluation after step 2 has loss nan"):
-        trimtab.fit(adapter, examples, Settings(), loss=loss, eval_examples=make_examples(2), out=tmp_path)
-    assert (tmp_path / "adapter").is_dir()
+        trimtab.fit(
+            adapter, examples, Settings(), loss=loss, eval_examples=make_examples(2), out=tmp_path / "a",
+            on_step=steps.append,
+        )  # fmt: skip
+    assert (tmp_path / "a" / "adapter").is_dir()
+    with pytest.raises(TrainingError, match="the evaluation before training has loss nan"):
+        trimtab.fit(adapter, examples, Settings(), loss=loss, eval_examples=make_examples(2), out=tmp_path / "b")
+
+
+def test_a_run_that_ends_far_above_its_start_says_so(run, examples, caplog):
+    def climbing(model, batch):
+        value = causal_loss(model, batch)
+        return 2 * value.detach() - value  # the same figure, and the opposite gradient
+
+    adapter = trimtab.attach(make_llama(), trimtab.LoRA(rank=2, alpha=4))
+    trimtab.fit(adapter, examples, Settings(batch_size=3, epochs=8, lr=0.1), loss=climbing)
+    assert "the run diverged: its training loss was" in caplog.text
+    caplog.clear()
+    run(epochs=4)
+    assert not caplog.records
+
+
+def test_steps_without_any_gradient_are_told_at_once_and_counted(examples, caplog):
+    adapter = trimtab.attach(make_llama(), trimtab.LoRA(rank=2))
+
+    def loss(model, batch):
+        return causal_loss(model, batch) * 0.0
+
+    trimtab.fit(adapter, examples, Settings(batch_size=4), loss=loss)
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [
+        "step 1 has loss 0.000 and a gradient of exactly 0: nothing is learned",
+        "the gradient was exactly 0 in 3 of 3 steps, in which nothing was learned: lower the learning rate",
+    ]
 
 
 def test_a_last_step_that_leaves_no_numbers_does_not_pass(examples, tmp_path, monkeypatch):

@@ -180,7 +180,12 @@ def state_of(model: nn.Module) -> ModelState:
 
 
 def own_state(adapter: Adapter) -> ModelState:
-    """The state of an adapter's model. UsageError when the adapter was removed."""
+    """The state of an adapter's model. UsageError when the adapter was removed, or is none."""
+    if not isinstance(adapter, Adapter):
+        raise UsageError(
+            f"an adapter is needed here, not a {type(adapter).__name__}: give what attach or load returned, or "
+            "trimtab.adapters(model)[name]"
+        )
     state: ModelState | None = getattr(adapter.model, STATE, None)
     if state is None or state.adapters.get(adapter.name) is not adapter:
         raise UsageError(f"adapter '{adapter.name}' was removed from its model: attach or load it again")

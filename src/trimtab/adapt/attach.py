@@ -19,6 +19,7 @@ from trimtab.adapt.select import (
     base_modules,
     base_parameters,
     choose,
+    near_paths,
     read_past_forward,
     shared_parameters,
 )
@@ -69,6 +70,7 @@ def attach(
     if not sites:
         raise UsageError("every target is among the extra modules, which are trained whole already")
     _check_patterns(method, placement, sites)
+    _warn_of_tied(modules, sites)
     generator = torch.Generator().manual_seed(seed)
     deltas = {site.path: (site.module, _fitting_delta(method, placement, site, generator)) for site in sites}
     copied = _copied_names(modules, placement, deltas, extra)
@@ -149,14 +151,25 @@ def _check_patterns(method: Method, placement: Placement, sites: list[Site]) -> 
             )
 
 
+def _warn_of_tied(modules: Mapping[str, nn.Module], sites: Sequence[Site]) -> None:
+    shared = shared_parameters(modules)
+    for site in sites:
+        others = [path for path, _ in shared.get(id(site.module._parameters["weight"]), ()) if path != site.path]
+        if others:
+            log.warning(
+                "%s shares its weight with %s, which the adapter does not change: merging it will be refused",
+                site.path,
+                others[0],
+            )
+
+
 def _extra(everything: Mapping[str, nn.Module], patterns: Sequence[str]) -> dict[str, nn.Module]:
     """The modules to train whole, by path: those named, and every module within them."""
     found: dict[str, nn.Module] = {}
     for pattern in patterns:
         roots = [p for p in everything if p and matches(pattern, p)]
         if not roots:
-            near = sorted({p.rpartition(".")[2] for p in everything if p})
-            raise UsageError(f"extra module '{pattern}' matches no module (there are: {', '.join(near[:12])})")
+            raise UsageError(f"extra module '{pattern}' matches no module{near_paths(pattern, everything)}")
         within = {p: m for p, m in everything.items() if any(p == r or p.startswith(r + ".") for r in roots)}
         if not any(module._parameters for module in within.values()):
             raise UsageError(f"extra module '{pattern}' names {roots[0]}, which has no parameters to train")
@@ -176,9 +189,7 @@ def _copied_names(
         names = [*module._parameters, *lasting]
         chosen.update({(path, n): module for n in names if tensor_of(module, n) is not None})
     if placement.bias != "none":
-        for path, module in everything.items():
-            if module._parameters.get("bias") is not None and (placement.bias == "all" or path in deltas):
-                chosen[path, "bias"] = module
+        chosen.update(_biases(everything, deltas if placement.bias == "adapter-only" else everything, placement.bias))
     _add_tied(chosen, everything)
     unseen = read_past_forward(everything.values())
     for (path, name), module in chosen.items():
@@ -192,6 +203,16 @@ def _copied_names(
                 f"{path}.weight is tied to a module that is trained whole: leave {path} out of the targets"
             )
     return chosen
+
+
+def _biases(
+    everything: Mapping[str, nn.Module], within: Mapping[str, Any], bias: str
+) -> dict[tuple[str, str], nn.Module]:
+    found = {(p, "bias"): m for p, m in everything.items() if p in within and m._parameters.get("bias") is not None}
+    if not found:
+        where = "the model" if bias == "all" else f"none of the {len(within)} chosen modules"
+        raise UsageError(f"bias is '{bias}', but {where} has {'no ' if bias == 'all' else 'a '}bias: take bias 'none'")
+    return found
 
 
 def _add_tied(chosen: dict[tuple[str, str], nn.Module], everything: Mapping[str, nn.Module]) -> None:

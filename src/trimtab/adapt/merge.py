@@ -113,7 +113,7 @@ def merge(
     equal the base, UsageError when the weight is tied to a module outside the adapter, or when the model was cast since
     an earlier merge.
     """
-    model, state = adapter.model, own_state(adapter)
+    state, model = own_state(adapter), adapter.model
     already, earlier = (state.merged.names, state.merged.dtype) if state.merged else ((), None)
     if adapter.name in already:
         raise UsageError(f"adapter '{adapter.name}' is merged already")

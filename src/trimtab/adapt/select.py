@@ -182,6 +182,23 @@ def _near(pattern: str, paths: Iterable[str]) -> str:
     near = difflib.get_close_matches(pattern.removeprefix("re:").rpartition(".")[2], names, n=3, cutoff=0.4)
     if near:
         return f"; did you mean {' or '.join(near)}?"
+    return _listed(names)
+
+
+def near_paths(pattern: str, paths: Iterable[str]) -> str:
+    """'; did you mean X?' with the paths closest to a pattern, or the outermost modules when none is close."""
+    first: dict[str, str] = {}  # of the modules that a name ends, as in 24 alike layers, the first one
+    for path in filter(None, paths):
+        first.setdefault(path.rpartition(".")[2], path)
+    named = {name: path for name, path in first.items() if not name.isdigit()}
+    last = pattern.removeprefix("re:").rpartition(".")[2]
+    near = [named[name] for name in difflib.get_close_matches(last, list(named), n=3, cutoff=0.5)]
+    if near:
+        return f"; did you mean {' or '.join(near)}?"
+    return _listed(sorted(named.values(), key=lambda path: path.count(".")))
+
+
+def _listed(names: Sequence[str]) -> str:
     return f"; there are: {', '.join(names[:12])}{', …' if len(names) > 12 else ''}" if names else ""
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from trimtab.cli.flags import parse
+from trimtab.cli.plain_lines import PlainLines
 from trimtab.errors import UsageError
 from trimtab.options import from_mapping, option
 
@@ -35,7 +36,7 @@ class Output:
     """Flags every command has."""
 
     json: bool = option(False, "print the result as one JSON object on standard output, and nothing else there")
-    quiet: bool = option(False, "no progress bars and no notes")
+    quiet: bool = option(False, "no progress bars and no notes: warnings, and what came of it")
     debug: bool = option(False, "show the traceback of an error")
 
 
@@ -60,7 +61,7 @@ class ModelFlags(ModelName):
 def options(cls: type[T], name: str, summary: str, argv: Sequence[str], notes: str = "") -> tuple[T, Output]:
     """A command's options from its arguments, and the flags every command has."""
     given = parse(name, summary, [("options", cls), ("output", Output)], argv, notes)
-    return from_mapping(cls, own(cls, given), f"trimtab {name}"), from_mapping(Output, own(Output, given), "output")
+    return from_mapping(cls, own(cls, given), name), from_mapping(Output, own(Output, given), "output")
 
 
 def own(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,20 +82,30 @@ class Screen:
             self.console.width = 1000  # tables wrap to fit a terminal, and nothing else
         self._bars: Console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
         self._drawing = False
+        self.warnings: list[str] = []
         log = logging.getLogger("trimtab")
         log.handlers = [_Notes(self)]
         log.setLevel(logging.WARNING if output.quiet else logging.INFO)
         log.propagate = False
 
     def say(self, text: str = "", style: str | None = None) -> None:
-        """One line for a person."""
+        """One line for a person, about what is going on."""
         if not self.output.quiet:
-            # A line on the terminal that a bar is drawn on goes through that bar, which moves down beneath it.
-            console = self._bars if self._drawing and self.console.file.isatty() else self.console
-            console.print(text, style=style, markup=False)
+            self._print(text, style)
+
+    def outcome(self, text: str, style: str | None = None) -> None:
+        """One line of what the command came to, told with --quiet too; --json has it in its object."""
+        if not (self.output.quiet and self.output.json):
+            self._print(text, style)
+
+    def _print(self, text: str, style: str | None) -> None:
+        # A line on the terminal that a bar is drawn on goes through that bar, which moves down beneath it.
+        console = self._bars if self._drawing and self.console.file.isatty() else self.console
+        console.print(text, style=style, markup=False)
 
     def warn(self, text: str) -> None:
-        """One line that must not be missed, on standard error."""
+        """One line that must not be missed, on standard error; kept in `warnings` for the run's record."""
+        self.warnings.append(text)
         self._bars.print(f"warning: {text}", style="bold yellow", markup=False)
 
     def note(self, text: str) -> None:
@@ -109,13 +120,16 @@ class Screen:
 
     @contextmanager
     def progress(self, what: str, unit: str = "items") -> Iterator[Update]:
-        """Long work drawn on a terminal, and nowhere else.
+        """Long work drawn on a terminal; elsewhere a plain line now and then, on standard error.
 
-        A bar with rate and time left once `update` has told a count; until then, or for good where there is none, the
-        seconds so far. Not to be nested.
+        On a terminal: a bar with rate and time left once `update` has told a count; until then, or for good where
+        there is none, the seconds so far. Not to be nested.
         """
-        if self.output.quiet or not self._bars.is_terminal:
+        if self.output.quiet:
             yield lambda done, total, note="": None
+            return
+        if not self._bars.is_terminal:
+            yield PlainLines(what, unit, self.note)
             return
         from trimtab.cli.bars import drawn
 

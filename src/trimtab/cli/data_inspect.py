@@ -11,6 +11,7 @@ from trimtab.cli.common import Screen, find_model, load_libraries, options
 from trimtab.cli.data import LAYOUTS, encode_rows, inspect_rows, read_rows
 from trimtab.errors import UsageError
 from trimtab.options import option
+from trimtab.report.wording import counted
 
 if TYPE_CHECKING:
     from trimtab.data.inspect import Inspection
@@ -87,20 +88,20 @@ def _show(example: Any, tokenizer: Any, screen: Screen) -> None:
 
 
 def _figures(found: Inspection, screen: Screen) -> None:
-    screen.say(
-        f"\n{found.rows:,} rows, {found.tokens:,} tokens, {found.supervised_tokens:,} of them supervised "
-        f"({found.supervised_share:.1%})\n"
+    screen.outcome(
+        f"\n{counted(found.rows, 'row')}, {counted(found.tokens, 'token')}, {found.supervised_tokens:,} of them "
+        f"supervised ({found.supervised_share:.1%})\n"
         f"length in tokens: median {found.length_p50}, 95% at most {found.length_p95}, longest {found.length_max}; "
         f"limit {found.max_length}\n"
-        f"cut off: {found.truncated} rows, {found.answers_cut} of them in the answer; nothing supervised: "
+        f"cut off: {counted(found.truncated, 'row')}, {found.answers_cut} of them in the answer; nothing supervised: "
         f"{found.unsupervised}; no end of turn supervised: {found.open_ended}\n"
         f"duplicates: {found.duplicates}; prompts with several answers: {found.conflicts}"
     )
     if found.overlap is not None:
         overlap = found.overlap
-        screen.say(
-            f"of the {overlap.rows:,} rows of {overlap.against}, {overlap.same_text:,} stand here word for word, "
-            f"{overlap.same_words:,} apart from case and punctuation ({overlap.share:.1%})"
+        screen.outcome(
+            f"of the {counted(overlap.rows, 'row')} of {overlap.against}, {overlap.same_text:,} stand here "
+            f"word for word, {overlap.same_words:,} apart from case and punctuation ({overlap.share:.1%})"
         )
     for warning in found.warnings:
         screen.warn(warning)

@@ -17,6 +17,7 @@ from trimtab.cli.recipe import Recipe, build_recipe, resolved, write_config
 from trimtab.cli.training import attach_recipe, fit_run
 from trimtab.files import write_whole
 from trimtab.options import option
+from trimtab.report.wording import counted
 
 if TYPE_CHECKING:
     from trimtab.adapt.adapter import Adapter
@@ -63,8 +64,8 @@ def run(name: str, summary: str, argv: list[str]) -> None:
         "Teach a small language model to name Python functions, and see what it gains and forgets.", style="bold"
     )
     screen.say(
-        f"data: {len(task.train)} functions to learn from, {len(task.test)} of other modules to test on "
-        f"({len(task.modules_train)} and {len(task.modules_test)} modules)"
+        f"data: {counted(len(task.train), 'function')} to learn from, {len(task.test)} of other modules to test on "
+        f"({len(task.modules_train)} and {counted(len(task.modules_test), 'module')})"
     )
     loaded = load_model(flags, screen)
     need_tokenizer(loaded)
@@ -130,7 +131,7 @@ def _recipe(flags: DemoFlags, task: NamingTask, folder: Path, system: bool) -> R
         "seed": flags.seed,
         "out": str(folder),
     }
-    return build_recipe(flat, "trimtab demo")
+    return build_recipe(flat, "demo")
 
 
 def measure(loaded: Any, task: NamingTask, system: bool, screen: Screen, when: str) -> Skill:
@@ -168,7 +169,10 @@ def _train(
     recipe: Recipe, loaded: Any, examples: list[Example], evaluation: list[Example], folder: Path, screen: Screen
 ) -> tuple[Adapter, dict[str, Any]]:
     adapter = attach_recipe(recipe, loaded.model, screen)
-    result = fit_run(recipe, adapter, loaded.tokenizer, examples, evaluation, folder, screen, [])
+    try:
+        result = fit_run(recipe, adapter, loaded.tokenizer, examples, evaluation, folder, screen, [])
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"{stop}: it trains to the end, but measures nothing before and after") from stop
     screen.say(f"trained {result['trainable_parameters']:,} parameters in {result['seconds']:.0f} s")
     return adapter, result
 
@@ -246,10 +250,8 @@ def _tell(
     """The figures, a handful of predictions, and what to do next."""
     from rich.table import Table
 
-    if screen.output.quiet:
-        return
     table = Table(box=None, pad_edge=False, header_style="bold", title=None)
-    for column in ("held-out measure", "before", "after", "95% interval", "chance"):
+    for column in ("held-out measure", "before", "after", "95% interval of after", "chance"):
         table.add_column(column, justify="left" if column.startswith("held") else "right")
     for name in ("subtoken_f1", "exact_match", "knowledge"):
         row = result[name]
@@ -258,20 +260,24 @@ def _tell(
             f"{name.replace('_', ' ')} ({row['items']})", f"{row['before']:.3f}", f"{row['after']:.3f}",
             f"{low:.3f} to {high:.3f}", f"{row['chance']:.3f}",
         )  # fmt: skip
-    screen.say()
-    screen.console.print(table)
+    if not (screen.output.quiet and screen.output.json):
+        screen.console.print(table)
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for column, width in (("its author's name", 22), ("after", 22), ("before", 30)):
         shown.add_column(column, overflow="ellipsis", no_wrap=True, width=width)
     for function, old, new in list(zip(task.test, before.answers, after.answers, strict=True))[:6]:
         shown.add_row(function.name, new.replace("\n", " "), old.replace("\n", " "))
-    screen.say()
-    screen.console.print(shown)
+    if not screen.output.quiet:
+        screen.say()
+        screen.console.print(shown)
     adapter, model, call = shlex.quote(result["adapter"]), shlex.quote(flags.model), program()
-    screen.say(
+    screen.outcome(
         f"\nreport:       {result['report']} (open it in a browser)\n"
         f"adapter:      {result['adapter']}\nmerged model: {result['merged']}\n"
-        f"{result['seconds']:.0f} s in all, peak memory {result['peak_rss_bytes'] / 2**30:.2f} GiB\n\nnext:\n"
+        f"{result['seconds']:.0f} s in all, peak memory {result['peak_rss_bytes'] / 2**30:.2f} GiB"
+    )
+    screen.say(
+        "\nnext:\n"
         f"  {call} chat --model {model} --adapter naming={adapter}\n"
         f"  {call} data inspect YOUR_FILE.jsonl --model {model}\n"
         f"  {call} train --model {model} --data YOUR_FILE.jsonl"

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Literal
 
-from trimtab.cli.common import ModelName, Screen, load_model, options, refuse_unwritable
+from trimtab.cli.common import ModelName, Screen, load_model, options, refuse_taken
 from trimtab.options import option
 
 
@@ -20,7 +19,7 @@ class ExportFlags(ModelName):
 def run(name: str, summary: str, argv: list[str]) -> None:
     """Load the adapter on its model, so that it is known to fit, and write it anew."""
     flags, output = options(ExportFlags, name, summary, argv)
-    refuse_unwritable(Path(flags.out))
+    refuse_taken(flags.out)
     screen = Screen(output)
     loaded = load_model(flags, screen)
     import trimtab
@@ -30,5 +29,5 @@ def run(name: str, summary: str, argv: list[str]) -> None:
         adapter = trimtab.load(loaded.model, flags.adapter)
     with screen.progress("writing the adapter"):
         folder = export_peft(adapter, flags.out)
-    screen.say(f"{flags.format} adapter: {folder}")
+    screen.outcome(f"{flags.format} adapter: {folder}")
     screen.result({"adapter": str(folder), "format": flags.format})

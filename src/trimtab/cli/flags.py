@@ -9,8 +9,8 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
-from trimtab.errors import UsageError, did_you_mean
-from trimtab.options import type_name
+from trimtab.errors import UsageError
+from trimtab.options import did_you_mean_option, type_name
 
 
 class _Parser(argparse.ArgumentParser):
@@ -19,34 +19,47 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(
-    command: str, summary: str, groups: Sequence[tuple[str, type]], argv: Sequence[str], notes: str = ""
+    command: str,
+    summary: str,
+    groups: Sequence[tuple[str, type]],
+    argv: Sequence[str],
+    notes: str = "",
+    refused: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The values given on the command line, by field name, unconverted; prints the help and exits on --help.
 
     groups: a title and a dataclass each. Fields that were not given are absent, so that a recipe file can
     supply them. A flag of several values takes them at once or is given again, and takes one at a time where
-    the command has arguments without a flag. UsageError for an unknown flag, naming the nearest known ones.
+    the command has arguments without a flag. refused: why a flag that is not among them is not. UsageError for an
+    unknown flag, naming the nearest known ones.
     """
     parser = _Parser(
         f"trimtab {command}", description=summary, epilog=notes, allow_abbrev=False, usage=_usage(command, groups),
-        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False, argument_default=argparse.SUPPRESS,
     )  # fmt: skip
     placed = any(_is_placed(field) for _, cls in groups for field in dataclasses.fields(cls))
-    flags: list[str] = []
+    flags: dict[str, str] = {}
     for title, cls in groups:
         group = parser.add_argument_group(title)
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
-            flags.append(_add(group, field, hints[field.name], None if placed else "+"))
+            name = _add(group, field, hints[field.name], None if placed else "+")
+            flags[name] = field.metadata.get("help", "")
+    group.add_argument("-h", "--help", action="help", help="show this and leave")
     known, unknown = parser.parse_known_intermixed_args(list(argv))
     if unknown:
-        wrong = next((u for u in unknown if u.startswith("-")), unknown[0])
-        if not wrong.startswith("-"):
-            raise UsageError(f"'{wrong}' is one argument too many for trimtab {command} (see --help)")
-        raise UsageError(
-            f"unknown flag {wrong}{did_you_mean(wrong.split('=')[0], flags)} (see trimtab {command} --help)"
-        )
+        raise UsageError(_unknown(unknown, command, flags, refused or {}))
     return {name: _value(value) for name, value in vars(known).items()}
+
+
+def _unknown(words: Sequence[str], command: str, flags: Mapping[str, str], refused: Mapping[str, str]) -> str:
+    """What is wrong with the first of the arguments that nothing takes."""
+    wrong = next((word for word in words if word.startswith("-")), words[0]).split("=")[0]
+    if not wrong.startswith("-"):
+        return f"'{wrong}' is one argument too many for trimtab {command} (see --help)"
+    if wrong in refused:
+        return f"{wrong} {refused[wrong]}"
+    return f"unknown flag {wrong}{did_you_mean_option(wrong, flags)} (see trimtab {command} --help)"
 
 
 def _value(value: Any) -> Any:

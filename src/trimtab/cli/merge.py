@@ -34,12 +34,12 @@ def run(name: str, summary: str, argv: list[str]) -> None:
     dtype = None if flags.dtype == "auto" else torch_dtype(flags.dtype)
     with screen.progress("merging and auditing"):
         audit = trimtab.merge(adapter, dtype=dtype, tokenizer=loaded.tokenizer)
-    screen.say(audit.summary())
+    screen.outcome(audit.summary())
     with screen.progress("writing the merged model"):
         folder = trimtab.save_merged(loaded.model, flags.out, tokenizer=loaded.tokenizer)
     run_folder = Path(flags.adapter).parent
     for place in (folder, run_folder) if (run_folder / "config.yaml").exists() else (folder,):
         # Beside the run the adapter came from, too, so that its report shows what the merge came to.
         write_audit(place, audit)
-    screen.say(f"merged model: {folder} (audit in {folder / 'audit.json'})")
+    screen.outcome(f"merged model: {folder} (audit in {folder / 'audit.json'})")
     screen.result({"merged": str(folder), "audit": audit.to_dict()})

@@ -12,8 +12,9 @@ from trimtab.cli.common import ModelFlags, Output, own
 from trimtab.cli.data import LAYOUTS
 from trimtab.cli.flags import parse
 from trimtab.deltas import DEFAULT, METHODS, method_class, method_spec
-from trimtab.errors import UsageError, did_you_mean, problems_to_error
-from trimtab.options import option, read_mapping, read_yaml, to_mapping
+from trimtab.errors import UsageError, problems_to_error
+from trimtab.models.embedded import EMBEDDED
+from trimtab.options import did_you_mean_option, helps, option, read_mapping, read_yaml, to_mapping
 from trimtab.train.settings import Settings
 
 if TYPE_CHECKING:
@@ -103,8 +104,8 @@ GROUPS = {
     "run": RunFlags,
 }
 TITLES = {**{key: key for key in GROUPS}, "place": "where the method goes"}
-FREE = ("threads", *(field.name for field in dataclasses.fields(RecordFlags)))
-"""What may differ when a run is resumed: it comes to the same adapter."""
+FREE = ("threads", "data", "eval_data", *(field.name for field in dataclasses.fields(RecordFlags)))
+"""What may differ when a run is resumed: it comes to the same adapter. Data may have moved; a checkpoint knows it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,13 +121,16 @@ def read_recipe(name: str, summary: str, argv: list[str]) -> tuple[Recipe, Outpu
     method = _method_name(argv, config)
     groups: list[tuple[str, type]] = [("recipe", _Choice), (f"method {method}", method_spec(method))]
     groups += [(TITLES[key], cls) for key, cls in GROUPS.items()]
-    given = parse(name, summary, [*groups, ("output", Output)], argv)
+    foreign = {"--" + key.replace("_", "-"): why for key, why in _foreign(method).items()}
+    given = parse(name, summary, [*groups, ("output", Output)], argv, refused=foreign)
     output = Output(**own(Output, given))
     given = {key: value for key, value in given.items() if key != "config" and key not in own(Output, given)}
     if given.get("resume") and not file and not {"model", "data"} <= given.keys():
-        raise UsageError(f"there is no run to resume in {given.get('out', '--out')}: it has no config.yaml")
+        if "out" not in given:
+            raise UsageError("--resume needs the run's folder: give --out")
+        raise UsageError(f"there is no run to resume in {given['out']}: it has no config.yaml")
     flat = {key.replace("-", "_"): value for key, value in {**config, **given, "method": method}.items()}
-    return build_recipe(flat, file or f"trimtab {name}"), output
+    return build_recipe(flat, file or name), output
 
 
 def _flag_values(argv: list[str]) -> dict[str, str]:
@@ -154,8 +158,9 @@ def build_recipe(flat: Mapping[str, Any], what: str) -> Recipe:
     """A recipe from flat keys and values. UsageError lists every problem, before anything heavy is loaded."""
     method = str(flat["method"])
     parts = {**GROUPS, "method": method_spec(method)}
-    known = {f.name for part in parts.values() for f in dataclasses.fields(part)} | {"method"}
-    problems = [_unknown(key, method, known) for key in flat if key not in known]
+    problems = _unknown(
+        flat, method, {"method": "", **{k: v for part in parts.values() for k, v in helps(part).items()}}
+    )
     values: dict[str, dict[str, Any]] = {}
     for key, part in parts.items():
         values[key], wrong = read_mapping(part, own(part, flat))
@@ -163,20 +168,46 @@ def build_recipe(flat: Mapping[str, Any], what: str) -> Recipe:
     if not values["data"].get("eval_data"):
         asked = [name for name in ("eval_every", "keep_best") if values["training"].get(name)]
         problems += [f"{name} needs evaluation data: give eval_data (--eval-data)" for name in asked]
+    least = (("max_length", "data", 2), ("limit", "data", 1), ("samples", "record", 0))
+    for key, group, low in least:
+        if (number := values[group].get(key)) is not None and number < low:
+            problems.append(f"{key} is {number}, but must be at least {low}")
     problems_to_error(problems, what)
+    for key in ("data", "eval_data"):
+        values["data"][key] = _whole_path(values["data"].get(key))
+    values["model"]["model"] = _whole_path(values["model"]["model"])
     made = {key: part(**values[key]) for key, part in parts.items()}
     made["method"] = method_class(method)(**values["method"])
-    if made["data"].max_length < 2:
-        raise UsageError(f"{what}: max_length is {made['data'].max_length}, but must be at least 2")
     made["place"].parts()
     return Recipe(**made)
 
 
-def _unknown(key: str, method: str, known: set[str]) -> str:
-    for other in METHODS:
-        if key in {f.name for f in dataclasses.fields(method_spec(other))}:
-            return f"'{key}' is for method {other}, but the method is {method}"
-    return f"unknown key '{key}'{did_you_mean(key, known)}"
+def _whole_path(name: str | None) -> str | None:
+    """The absolute path of a file or folder that is there, so that a run goes on from any directory; else `name`."""
+    path = Path(name or "").expanduser()
+    return str(path.absolute()) if name and name not in EMBEDDED and path.exists() else name
+
+
+def _unknown(flat: Mapping[str, Any], method: str, known: Mapping[str, str]) -> list[str]:
+    """What is wrong with each key that is not known, and once which keys there are."""
+    foreign = _foreign(method)
+    wrong = [key for key in flat if key not in known]
+    found = [f"'{key}' {foreign[key]}" for key in wrong if key in foreign]
+    unknown = [f"unknown key '{key}'{did_you_mean_option(key, known)}" for key in wrong if key not in foreign]
+    if unknown:
+        unknown[-1] += f" (known: {', '.join(known)})"
+    return found + unknown
+
+
+def _foreign(method: str) -> dict[str, str]:
+    """Why the options that other methods alone have are refused."""
+    own = helps(method_spec(method))
+    return {
+        key: f"is for method {other}, but the method is {method}"
+        for other in METHODS
+        for key in helps(method_spec(other))
+        if key not in own
+    }
 
 
 def resolved(recipe: Recipe, loaded: Any) -> Recipe:
@@ -215,4 +246,11 @@ def same_run(recipe: Recipe, folder: Path) -> Recipe:
     keys = [key for key in {**before, **now} if key not in FREE and before.get(key) != now.get(key)]
     changed = [f"{key} was {before.get(key)!r}, and is {now.get(key)!r} now" for key in keys]
     problems_to_error(changed, f"{folder} was started with another recipe")
+    for key in ("data", "eval_data"):
+        name = now[key]
+        if name and Path(name).is_absolute() and not Path(name).exists():
+            flag = "--" + key.replace("_", "-")
+            raise UsageError(f"{file} names {name}, which is not there: give {flag} with where it is now")
+    if not Path(recipe.model.model).exists() and Path(recipe.model.model).is_absolute():
+        raise UsageError(f"{file} names the model {recipe.model.model}, which is not there: put it back")
     return recipe

@@ -30,5 +30,5 @@ def run(name: str, summary: str, argv: list[str]) -> None:
             pages.append(write_report(Path(folder), out=Path(flags.out) if flags.out else None))
             update(len(pages), len(flags.run))
     for page in pages:
-        screen.say(f"report: {page}")
+        screen.outcome(f"report: {page}")
     screen.result({"report": [str(page) for page in pages]})

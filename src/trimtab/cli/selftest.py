@@ -37,7 +37,7 @@ def run(name: str, summary: str, argv: list[str]) -> None:
             done += 1
             limit = "every bit" if check.allowed == 0 else f"at most {check.allowed:.0e}"
             state, style = ("ok  ", None) if check.passed else ("FAIL", "bold red")
-            screen.say(f"{state} {check.name}: {check.difference:.1e} ({limit})", style=style)
+            screen.outcome(f"{state} {check.name}: {check.difference:.1e} ({limit})", style=style)
             update(done, len(CHECKS))
 
         update(0, len(CHECKS))
@@ -46,4 +46,4 @@ def run(name: str, summary: str, argv: list[str]) -> None:
     failed = [check.name.split(":")[0] for check in checks if not check.passed]
     if failed:
         raise TrimtabError(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
-    screen.say(f"all {len(checks)} equivalences hold")
+    screen.outcome(f"all {len(checks)} equivalences hold")

@@ -13,6 +13,7 @@ from trimtab.cli.data import encode_for_training, encode_rows, read_rows
 from trimtab.cli.recipe import DataFlags, Recipe, read_recipe, resolved, same_run, write_config
 from trimtab.cli.training import attach_recipe, fit_run
 from trimtab.errors import TrimtabError
+from trimtab.files import read_json
 
 if TYPE_CHECKING:
     from trimtab.adapt.adapter import Adapter
@@ -29,18 +30,28 @@ def run(name: str, summary: str, argv: list[str]) -> None:
     if recipe.run.resume and (folder / "config.yaml").exists():
         recipe = same_run(recipe, folder)
     elif recipe.run.resume:
-        screen.warn(f"nothing to resume in {folder} yet: starting from the beginning")
-    result = train(recipe, folder, screen)
-    screen.say(
+        screen.note(f"nothing to resume in {folder} yet: starting from the beginning")
+    result = _finished(folder, screen) if recipe.run.resume else None
+    result = result or train(recipe, folder, screen)
+    screen.outcome(
         f"trained in {result['seconds']:.1f} s, {result['tokens_per_second']:.0f} tokens/s, "
         f"loss {result['train_loss']:.3f} nats per token"
         + (f", evaluation {result['eval_loss']:.3f}" if result["eval_loss"] is not None else "")
     )
-    screen.say(f"adapter: {result['adapter']}")
+    screen.outcome(f"adapter: {result['adapter']}")
     model, adapter, merged = (shlex.quote(str(x)) for x in (recipe.model.model, result["adapter"], folder / "merged"))
     screen.say(f"next: {program()} report {shlex.quote(str(folder))}")
     screen.say(f"      {program()} merge --model {model} --adapter {adapter} --out {merged}")
     screen.result(result)
+
+
+def _finished(folder: Path, screen: Screen) -> dict[str, Any] | None:
+    """The result of a run that has come to its end, or None: there is something left to do."""
+    if not ((folder / "adapter" / "adapter_config.json").exists() and (folder / "result.json").exists()):
+        return None
+    result = {**read_json(folder / "result.json"), "adapter": str(folder / "adapter")}
+    screen.note(f"already finished: step {result['steps']} of {result['steps']}; nothing is left to do")
+    return result
 
 
 def train(recipe: Recipe, folder: Path, screen: Screen) -> dict[str, Any]:

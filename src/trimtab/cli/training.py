@@ -6,13 +6,13 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.cli.common import Screen
+from trimtab.cli.common import Screen, program
 from trimtab.cli.recipe import Recipe
 
 if TYPE_CHECKING:
     from trimtab.adapt.adapter import Adapter
     from trimtab.data.encode import Example
-    from trimtab.train.loop import StepReport
+    from trimtab.train.loop import FitResult, StepReport
 
 
 def attach_recipe(recipe: Recipe, model: Any, screen: Screen) -> Adapter:
@@ -47,11 +47,17 @@ def fit_run(
     screen: Screen,
     loggers: list[Any],
 ) -> dict[str, Any]:
-    """The loop with a progress bar. Returns the figures, also written to result.json, and writes layers.json."""
-    from trimtab.report.record import training_figures, write_layers, write_result
+    """The loop with a progress bar. Returns the figures, also written to result.json, and writes layers.json.
+
+    The warnings told so far are among the figures: a result that is doubtful must say so wherever it is read.
+    """
     from trimtab.train.loop import fit
 
+    reached, steps = _extent(recipe, adapter, examples, folder)
+    if reached:
+        screen.note(f"going on from step {reached} of {steps}")
     with screen.progress("training", "steps") as update:
+        update(reached, steps)
 
         def on_step(report: StepReport) -> None:
             update(report.step, report.steps, f", loss {report.loss:.2f}")
@@ -69,10 +75,26 @@ def fit_run(
                 loggers=loggers,
             )
         except KeyboardInterrupt as stop:
-            again = f"trimtab train --out {shlex.quote(str(folder))} --resume"
+            again = f"{program()} train --out {shlex.quote(str(folder))} --resume"
             raise KeyboardInterrupt(f"go on with {again}") from stop
-    result = training_figures(adapter, done, folder)
+    return _record(adapter, done, folder, screen)
+
+
+def _record(adapter: Adapter, done: FitResult, folder: Path, screen: Screen) -> dict[str, Any]:
+    from trimtab.report.record import training_figures, write_layers, write_result
+
+    result = {**training_figures(adapter, done, folder), "warnings": list(screen.warnings)}
     write_result(folder, result)
     with screen.progress("measuring the change of each layer"):
         write_layers(folder, adapter)
     return result
+
+
+def _extent(recipe: Recipe, adapter: Adapter, examples: list[Example], folder: Path) -> tuple[int, int]:
+    """The step that the newest checkpoint was written after, 0 without one, and the steps of the whole run."""
+    from trimtab.train.checkpoint import checkpoints
+    from trimtab.train.plan import Plan
+
+    steps = Plan.of(examples, recipe.training, adapter.method.default_lr).steps
+    found = checkpoints(folder / "checkpoints") if recipe.run.resume else []
+    return (int(found[-1].name.removeprefix("step-")) if found else 0), steps

@@ -29,7 +29,7 @@ class Batch:
     the flattened tokens predicts `targets[t]`; a position of a tree may predict several.
     examples: the row numbers of the examples in their files. real_tokens: the examples' tokens, without padding and
     each counted though a tree may compute it once. supervised_tokens: the sum of the weights, which is what a mean
-    loss divides by.
+    loss divides by. places: for each example, where its tokens stand among the flattened ones.
     """
 
     input_ids: Tensor
@@ -42,6 +42,7 @@ class Batch:
     examples: tuple[int, ...]
     real_tokens: int
     supervised_tokens: int
+    places: tuple[Sequence[int], ...]
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -73,13 +74,15 @@ def pad(examples: Sequence[Example], pad_id: int) -> Batch:
     length = max(len(example.input_ids) for example in examples)
     ids, mask, positions = [], [], []
     terms: dict[Term, int] = {}
+    places = []
     for row, example in enumerate(examples):
         real = len(example.input_ids)
         left = length - real
         ids.append([pad_id] * left + example.input_ids)
         mask.append([0] * left + [1] * real)
         positions.append([0] * left + list(range(real)))
-        add_terms(terms, example, range(row * length + left, (row + 1) * length))
+        places.append(range(row * length + left, (row + 1) * length))
+        add_terms(terms, example, places[-1])
     return Batch(
         torch.tensor(ids),
         torch.tensor(positions),
@@ -87,6 +90,7 @@ def pad(examples: Sequence[Example], pad_id: int) -> Batch:
         None,
         *term_tensors(terms),
         *counts(examples),
+        tuple(places),
     )
 
 
@@ -144,7 +148,7 @@ def batches(
     pool = batch_size * POOL
     # Sorting within pools only: sorting all would put the same examples together in every epoch.
     pools = [sorted(order[start : start + pool], key=lengths.__getitem__) for start in range(0, len(order), pool)]
-    by_length = [index for members in pools for index in members]
-    cut = [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
+    ordered = [index for members in pools for index in members]
+    cut = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
     rng.shuffle(cut)
     return cut

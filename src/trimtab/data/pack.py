@@ -23,11 +23,14 @@ def pack(examples: Sequence[Example], pad_id: int = 0, *, share: bool = False) -
     depths: list[int] = []
     end: list[int] = []
     path: list[int] = []  # where the tokens of the newest example stand
+    places: list[list[int]] = [[] for _ in examples]
     terms: dict[Term, int] = {}
     before: list[int] = []
-    # Sorted, so that whatever begins alike is neighbours; then the order of the examples does not matter either.
-    for example in sorted(examples, key=lambda e: e.input_ids) if share else examples:
-        own = example.input_ids
+    order = list(range(len(examples)))
+    if share:  # so that whatever begins alike is neighbours; then the order of the examples does not matter either
+        order.sort(key=lambda i: examples[i].input_ids)
+    for index in order:
+        own = examples[index].input_ids
         shared = _common(before, own) if share else 0
         for place in path[shared:]:
             end[place] = len(ids)
@@ -35,12 +38,19 @@ def pack(examples: Sequence[Example], pad_id: int = 0, *, share: bool = False) -
         ids += own[shared:]
         depths += range(shared, len(own))
         end += [0] * (len(own) - shared)
-        add_terms(terms, example, path)
+        add_terms(terms, examples[index], path)
+        places[index] = list(path)
         before = own
     for place in path:
         end[place] = len(ids)
     return Batch(
-        torch.tensor([ids]), torch.tensor([depths]), None, Tree.of(end), *term_tensors(terms), *counts(examples)
+        torch.tensor([ids]),
+        torch.tensor([depths]),
+        None,
+        Tree.of(end),
+        *term_tensors(terms),
+        *counts(examples),
+        tuple(places),
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.attach import as_copy, check_name, fresh_delta, install, outermost, tensor_of
+from trimtab.adapt.fingerprint import foreign_weight
 from trimtab.adapt.module import Copies
 from trimtab.adapt.select import BIASES, Placement, adaptable, base_modules, read_past_forward, shared_parameters
 from trimtab.deltas import METHODS, make_method, method_class
@@ -29,9 +30,11 @@ from trimtab.options import from_mapping
 log = logging.getLogger("trimtab")
 
 
-def load(model: nn.Module, path: str | Path, *, name: str = "default") -> Adapter:
+def load(model: nn.Module, path: str | Path, *, name: str = "default", any_base: bool = False) -> Adapter:
     """Put a saved adapter (PEFT's or trimtab's folder) on a model and enable it alone.
 
+    any_base: take an adapter of a base with other weights, as long as the shapes fit. An adapter that trimtab saved
+    knows some of its base's values; one of PEFT's does not, and only its shapes are compared.
     Nothing is unpickled, and nothing is changed when it raises: FormatError for a broken file or an adapter of another
     base, naming the first module or shape that does not fit; UsageError for a PEFT feature trimtab does not have.
     """
@@ -53,6 +56,8 @@ def load(model: nn.Module, path: str | Path, *, name: str = "default") -> Adapte
     deltas = _deltas(adapter, parts, str(config["peft_type"]), folder)
     _refuse_partial(model, config, deltas, folder)
     copies = _copies(model, rest, bool(own.get("tied", config.get("ensure_weight_tying"))), folder)
+    if not any_base:
+        _refuse_other_base(model, own, folder)
     install(adapter, base_modules(model), deltas, copies, None, _whole_modules(model, config, copies))
     return adapter
 
@@ -71,6 +76,21 @@ def _refuse_partial(model: nn.Module, config: Mapping[str, Any], found: Mapping[
                 f"{folder} does not fit this model: it adapts modules such as '{next(iter(found), 'none')}', but holds "
                 f"nothing for '{path}': it is of a smaller model, or parts of it are missing"
             )
+
+
+def _refuse_other_base(model: nn.Module, own: Mapping[str, Any], folder: Path) -> None:
+    """FormatError when the base's weights are not those the adapter was made on; adapters of old do not know them."""
+    try:
+        foreign = foreign_weight(own.get("base", {}), base_modules(model))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise FormatError(f"{folder / OWN} is broken: 'base' must hold values in hexadecimal ({error})") from error
+    if foreign is not None:
+        made_on = own["provenance"].get("base_model")
+        raise FormatError(
+            f"{folder} was made on another base{f', {made_on}' if made_on else ''}: there, the weight of {foreign} was "
+            "not what it is here, so the adapter would not do what it learned. Load it on its own base, or on any with "
+            "any_base=True (--any-base)"
+        )
 
 
 def _named(names: str | Sequence[str] | None) -> Callable[[str], bool]:

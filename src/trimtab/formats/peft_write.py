@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import trimtab
 from trimtab.adapt.adapter import Adapter, own_state
+from trimtab.adapt.fingerprint import fingerprint
 from trimtab.adapt.select import BIASES, base_modules
 from trimtab.deltas.layout import ConvLayout, Layout, original_class
 from trimtab.deltas.lora import stored_pair
@@ -46,8 +47,9 @@ def save_adapter(adapter: Adapter, path: str | Path) -> Path:
         "config_sha256": digest(config),
         "method": method.options(),
         "placement": to_mapping(adapter.placement),
-        "provenance": adapter.provenance,
+        "provenance": _provenance(adapter),
         "tied": _tied_copies(adapter),
+        "base": fingerprint(adapter),
     }
     return _write(adapter, path, config, stored, own)
 
@@ -117,6 +119,7 @@ def _write(
     for site, copies in adapter.copies.items():
         wrapped = "base_layer." if site in adapter.deltas else ""
         tensors.update({f"{PREFIX}{site}.{wrapped}{name}": t for name, t in copies.state_dict().items()})
+    _refuse_foreign(Path(path))
     # Copied one by one: tied copies share memory, which the format refuses.
     whole = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
     with whole_folder(path, marker=CONFIG) as folder:
@@ -125,6 +128,16 @@ def _write(
         if own is not None:
             (folder / OWN).write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
     return Path(path)
+
+
+def _refuse_foreign(path: Path) -> None:
+    """UsageError where replacing an adapter would take other files, such as a model's, with it."""
+    inside = path.iterdir() if (path / CONFIG).is_file() else ()
+    foreign = sorted(file.name for file in inside if file.name not in (CONFIG, WEIGHTS, OWN))
+    if foreign:
+        raise UsageError(
+            f"{path} holds more than an adapter ({foreign[0]}), which would be lost: choose another folder"
+        )
 
 
 def _shared_config(adapter: Adapter) -> dict[str, Any]:
@@ -163,6 +176,12 @@ def _whole(number: float) -> float:
 
 def _base_name(model: nn.Module) -> str | None:
     return getattr(getattr(model, "config", None), "_name_or_path", None) or None
+
+
+def _provenance(adapter: Adapter) -> dict[str, Any]:
+    """Where the adapter came from; its base by the name that trimtab loaded it by, where it did."""
+    base = getattr(adapter.model, "_trimtab_name", None) or _base_name(adapter.model)
+    return {**({"base_model": base} if base else {}), **adapter.provenance}
 
 
 def _task_type(model: nn.Module) -> str | None:

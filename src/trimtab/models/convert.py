@@ -78,6 +78,7 @@ def _convert_once(gguf: Path, folder: Path, progress: Callable[[str], None]) -> 
         if not _whole(folder):
             _convert(gguf, folder, progress)
     finally:
+        # Its empty file stays: with it gone, a process that waits and one that comes would each hold a lock.
         lock.release()
     return folder
 

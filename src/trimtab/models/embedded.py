@@ -15,7 +15,7 @@ class EmbeddedModel:
 
     name: the short name that `--model` takes. package, distribution: as imported, and as installed with pip.
     file: the GGUF file or the model folder inside the package. kind: 'causal-lm' or 'encoder'.
-    parameters: how many numbers the model has.
+    parameters: how many numbers the model has. hub_id: the model it was made from, for tools that know no package.
     """
 
     name: str
@@ -24,6 +24,7 @@ class EmbeddedModel:
     file: str
     kind: str
     parameters: int
+    hub_id: str
     description: str
 
     @property
@@ -61,6 +62,7 @@ EMBEDDED: dict[str, EmbeddedModel] = {
             file="SmolLM2-135M-Instruct.Q4_1.gguf",
             kind="causal-lm",
             parameters=134_515_008,
+            hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
             description="SmolLM2-135M-Instruct, a small chat model (Llama, 30 layers, hidden 576)",
         ),
         EmbeddedModel(
@@ -70,6 +72,7 @@ EMBEDDED: dict[str, EmbeddedModel] = {
             file="model",
             kind="encoder",
             parameters=22_713_216,
+            hub_id="sentence-transformers/all-MiniLM-L6-v2",
             description="all-MiniLM-L6-v2, a sentence encoder (BERT, 6 layers, hidden 384)",
         ),
     )

@@ -63,7 +63,16 @@ def load(
     model = _model(name, path, wanted, kind, trust_remote_code)
     if device is not None:
         _move(model, device)
+    _name(model, name, path)
     return LoadedModel(model.eval(), load_tokenizer(path, trust_remote_code=trust_remote_code), name, path)
+
+
+def _name(model: Any, name: str, path: Path) -> None:
+    """Let adapters saved on this model tell of it: by `name` to trimtab, and to others by what they can load."""
+    model._trimtab_name = name
+    if path != Path(name).expanduser():
+        # What was converted or fetched lies in this user's cache, which means nothing elsewhere.
+        model.config._name_or_path = EMBEDDED[name].hub_id if name in EMBEDDED else name
 
 
 def find(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from trimtab.adapt.module import Adapted, modes_kept
 from trimtab.deltas.layout import original_class
 from trimtab.errors import ran_out_of_memory
-from trimtab.ops.cross_entropy import head_cross_entropy, linear_cross_entropy
+from trimtab.ops.cross_entropy import head_cross_entropy, linear_cross_entropy, token_nats
 
 log = logging.getLogger("trimtab")
 
@@ -55,6 +55,11 @@ class Readout:
         if adapted or weight.requires_grad or (bias is not None and bias.requires_grad):
             return head_cross_entropy(hidden, targets, weights, self.logits, weight.shape[0], trained)
         return linear_cross_entropy(hidden, targets, weights, weight, bias, scale=self.scale, soft_cap=self.soft_cap)
+
+    def nats(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """[terms] of −log p(target), without gradient. hidden: [terms, d]."""
+        vocabulary = cast("Tensor", self.head.weight).shape[0]
+        return token_nats(hidden, targets, self.logits, vocabulary)
 
 
 _KNOWN: WeakKeyDictionary[nn.Module, Readout | None] = WeakKeyDictionary()

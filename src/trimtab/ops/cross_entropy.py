@@ -61,6 +61,17 @@ def head_cross_entropy(
     return loss
 
 
+@torch.no_grad()
+def token_nats(hidden: Tensor, targets: Tensor, head: Head, vocabulary: int) -> Tensor:
+    """[rows] of −log p(target), without gradient. hidden: [rows, d]; head: [rows, d] to logits [rows, vocabulary]."""
+    size = max(1, BLOCK_BYTES // (4 * vocabulary))
+    blocks = []
+    for h, t in zip(torch.split(hidden, size), torch.split(targets, size), strict=True):
+        z = head(h)
+        blocks.append(F.cross_entropy(z.to(_wide(z.dtype)), t, reduction="none"))
+    return torch.cat(blocks)
+
+
 Block = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, list[Tensor]]]
 """(hidden, targets, weights of some rows, whether gradients are wanted) to their loss and its gradients: to the
 hidden states first, then to each parameter."""

@@ -3,8 +3,9 @@
     y = x Wᵀ + b + s (x Aᵀ) Bᵀ
 
 Plain autograd keeps x Aᵀ and, where dtypes differ, a cast copy of x for every projection; it writes four tensors of
-y's size where one is enough. Here x is kept once, by reference, however many projections read it; the rank-r products
-are computed again in backward; a frozen W gets no gradient. Gradients are bracketed through the rank side:
+y's size where one is enough. Here x is kept once, by reference, however many projections read it, or what it was made
+of where that is kept anyway (see `gated`). The rank-r products are computed again in backward; a frozen W gets no
+gradient. Gradients are bracketed through the rank side:
 
     G = s gᵧ B        gₓ = gᵧ W + G A        g_A = Gᵀ x        g_B = s gᵧᵀ (x Aᵀ)
 
@@ -20,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from trimtab.ops.gated import Activation, made_of, parts_of
+
 
 def lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0
@@ -34,7 +37,8 @@ def lora_linear(
     assert x.shape[-1] == features == weight.shape[1], (x.shape, A.shape, weight.shape)
     assert B.shape == (weight.shape[0], rank), (B.shape, weight.shape)
     seed = int(torch.randint(2**62, ()).item()) if dropout else 0  # on the CPU: no device is waited for
-    y: Tensor = _LoRALinear.apply(x, weight, bias, A, B, scale, dropout, seed)  # type: ignore[no-untyped-call]
+    activation, *made = parts_of(x) or (None,)
+    y: Tensor = _LoRALinear.apply(x, weight, bias, A, B, scale, dropout, seed, activation, *made)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -50,9 +54,11 @@ class _LoRALinear(torch.autograd.Function):
         scale: float,
         dropout: float,
         seed: int,
+        activation: Activation | None,
+        *made: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, A, B)
-        ctx.rest = scale, dropout, seed  # type: ignore[attr-defined]
+        ctx.save_for_backward(weight, A, B, *(made or (x,)))
+        ctx.rest = scale, dropout, seed, activation  # type: ignore[attr-defined]
         rows = x.reshape(-1, x.shape[-1])
         y = F.linear(rows, weight, bias)
         y.addmm_(_dropped(rows, dropout, seed) @ A.to(x.dtype).T, B.to(x.dtype).T, alpha=scale)
@@ -61,8 +67,9 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, A, B = ctx.saved_tensors
-        scale, dropout, seed = ctx.rest
+        weight, A, B, *kept = ctx.saved_tensors
+        scale, dropout, seed, activation = ctx.rest
+        x = made_of((activation, *kept)) if activation else kept[0]
         rows, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])  # [N, in], [N, out]
         a, b = A.to(x.dtype), B.to(x.dtype)
         G = (g @ b).mul_(scale)  # [N, r]
@@ -83,7 +90,7 @@ class _LoRALinear(torch.autograd.Function):
             gA = (G.T @ dropped).to(A.dtype)
         if ctx.needs_input_grad[4]:
             gB = (g.T @ (dropped @ a.T).mul_(scale)).to(B.dtype)
-        return gx, gW, gb, gA, gB, None, None, None
+        return gx, gW, gb, gA, gB, *[None] * (len(ctx.needs_input_grad) - 5)
 
 
 def _dropped(x: Tensor, p: float, seed: int) -> Tensor:

@@ -14,9 +14,22 @@ from trimtab.errors import UsageError
 from trimtab.files import write_whole
 from trimtab.report import plots, wording
 from trimtab.report.run_folder import METRIC_KEYS, RunFolder, read_run
-from trimtab.report.wording import PERCENT, Measure, count, duration, mebibytes, number, percent, plain, ratio_percent
+from trimtab.report.wording import (
+    PERCENT,
+    Measure,
+    count,
+    counted,
+    duration,
+    mebibytes,
+    number,
+    percent,
+    plain,
+    ratio_percent,
+)
 
 SAMPLES_OPEN = 8
+# Stands in the head of every page, so that a page is known from a file of the user's.
+MARKER = b'<meta name="generator" content="trimtab">'
 
 # How each known key of result.json is named and shown; all other keys are listed as they are.
 FIGURES = {
@@ -37,17 +50,24 @@ def write_report(run: Path, *, out: Path | None = None) -> Path:
     """Write the report of a run folder as one HTML file and return its path.
 
     run: the folder that training wrote; it must hold config.yaml, and a section says so when its file is absent.
-    out: where to write, by default report.html in the run folder. The file replaces an earlier one in one step.
+    out: where to write, by default report.html in the run folder. The file replaces an earlier report in one step.
 
     Errors: FormatError for a broken file of the run (named, with its line); UsageError for a folder that is no run,
-    a place that cannot be written, or when the extra "plots" is not installed.
+    a place that cannot be written or holds a file that is no report, or when the extra "plots" is not installed.
     """
     target = Path(run) / "report.html" if out is None else Path(out)
     page = render(read_run(Path(run)))
     if target.is_dir():
         raise UsageError(f"cannot write the report to {target}: it is a folder; name a file, such as report.html")
+    if out is not None and target.exists() and not _is_report(target):
+        raise UsageError(f"{target} exists and is no report of trimtab's: choose another file")
     write_whole(target, page)
     return target
+
+
+def _is_report(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return MARKER in opened.read(1000)
 
 
 def render(run: RunFolder) -> str:
@@ -62,7 +82,7 @@ def render(run: RunFolder) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(visible=wording.visible, number=number, percent=percent, ratio_percent=ratio_percent)
-    environment.filters.update(svg=markupsafe.Markup)
+    environment.filters.update(svg=markupsafe.Markup, counted=counted)
     template = environment.from_string(files.joinpath("page.html").read_text(encoding="utf-8"))
     style = markupsafe.Markup(files.joinpath("page.css").read_text(encoding="utf-8"))
     page = template.render(style=style, **context(run))
@@ -74,11 +94,13 @@ def context(run: RunFolder) -> dict[str, Any]:
     """What the template shows, section by section."""
     result = run.result or {}
     measures = wording.read_measures(result, str(run.path / "result.json"))
+    warnings = result.get("warnings")
     return {
         "title": _title(run),
         "run_name": run.path.resolve().name,
         "summary": _summary(run),
         "tiles": _tiles(run, measures),
+        "warnings": list(map(plain, warnings)) if isinstance(warnings, list) else [],
         "measures": measures,
         "resampling": wording.resampling(measures),
         "measures_svg": plots.measures(measures) if measures else None,
@@ -88,6 +110,7 @@ def context(run: RunFolder) -> dict[str, Any]:
         "samples_open": SAMPLES_OPEN,
         "audit": _audit(run),
         "config": run.config_text,
+        "method_lr": _method_lr(run),
         "has_result": run.result is not None,
         "figures": _figures(result, measures),
         "environment": _environment(result),
@@ -100,6 +123,13 @@ def _method(run: RunFolder) -> tuple[str, Any]:
     if isinstance(method, Mapping):
         return str(method.get("name", "adapter")), method.get("rank")
     return str(method or "adapter"), run.config.get("rank")
+
+
+def _method_lr(run: RunFolder) -> float | None:
+    """The learning rate that a configuration without one came to: the method's own."""
+    name, _ = _method(run)
+    missing = run.config.get("lr", 0) is None
+    return method_spec(name).default_lr if missing and name in METHODS else None
 
 
 def _title(run: RunFolder) -> str:
@@ -123,7 +153,7 @@ def _summary(run: RunFolder) -> str:
         share = f" ({ratio_percent(trainable / base)} of the {count(base)} frozen ones)" if base else ""
         parts += f" {count(trainable)} parameters{share}"
     if run.last("step") is not None:
-        parts += f" for {plain(run.last('step'))} optimizer steps"
+        parts += f" for {counted(run.last('step'), 'optimizer step')}"
     if known["real_tokens"] is not None:
         supervised = known["supervised_tokens"]
         note = f", of which {count(supervised)} were supervised," if supervised is not None else ""
@@ -137,11 +167,12 @@ def _tiles(run: RunFolder, measures: Sequence[Measure]) -> list[dict[str, str]]:
     """The headline figures: what was gained, what was forgotten, and whether the merge is faithful."""
     tiles = []
     for row in measures:
+        bracket = f" [{row.show_change_interval()}]" if row.interval_of_change else ""
         tiles.append(
             {
                 "label": row.label,
                 "value": row.show(row.after),
-                "change": f"{row.show_difference()} from {row.show(row.before)}",
+                "change": f"{row.show_difference()}{bracket} from {row.show(row.before)}",
                 "note": f"95{PERCENT} interval {row.show_interval(row.interval_after)}"
                 if row.interval_after
                 else "no interval recorded",
@@ -244,6 +275,7 @@ def _audit_row(row: Mapping[str, Any]) -> dict[str, str]:
 def _figures(result: Mapping[str, Any], measures: Sequence[Measure]) -> list[tuple[str, str]]:
     """Every key of result.json that has no place elsewhere: known ones with their unit, others as they are."""
     elsewhere = {row.key for row in measures} | set(ENVIRONMENT)
+    elsewhere |= {"warnings"} if isinstance(result.get("warnings"), list) else set()
     rows = []
     for key, value in result.items():
         if key in elsewhere:

@@ -89,7 +89,7 @@ def _paint_loss(axes: Any, run: RunFolder) -> None:
         style = {"marker": "o", "markersize": 5, "markeredgewidth": 0, "linewidth": 1.1, "linestyle": (0, (4, 2))}
         axes.plot(steps, losses, color=SECOND, label="evaluation loss", clip_on=False, zorder=5, **style)
     axes.set_title("Loss, nats per supervised token")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.locator_params(axis="y", nbins=7)
     axes.margins(x=0.01)
     if axes.lines:

@@ -22,7 +22,10 @@ LABELS = {
 # Shares of a whole, shown in percent; F1 is a mean of two shares and is customarily left as a number.
 PERCENT_MEASURES = frozenset(("exact_match", "knowledge"))
 MEASURE_KEYS = frozenset(
-    ("before", "after", "interval_before", "interval_after", "chance", "null", "resampled", "resampled_number")
+    (
+        *("before", "after", "interval_before", "interval_after", "interval_of_change"),
+        *("chance", "null", "resampled", "resampled_number"),
+    )
 )
 
 
@@ -44,6 +47,11 @@ def count(value: float) -> str:
         if abs(value) >= size:
             return f"{number(value / size)} {word}"
     return f"{value:,.0f}".replace("-", "−")
+
+
+def counted(number: float, noun: str) -> str:
+    """A number with its noun: 1 row, 2,251 rows."""
+    return f"{plain(number)} {noun}{'' if number == 1 else 's'}"
 
 
 def percent(share: float, digits: int = 1) -> str:
@@ -86,6 +94,8 @@ def visible(text: str) -> str:
 class Measure:
     """One figure before and after training, with 95 % bootstrap intervals where they were recorded.
 
+    interval_of_change: of after minus before, from the same examples. Where it is recorded the change is judged by it:
+    two intervals that overlap say nothing, for what is easy before is easy after.
     chance: what guessing gives, on the same scale; None when the run recorded none.
     resampled, resampled_number: what the intervals drew anew, such as modules, and how many of them there are.
     further: whatever else the run recorded with it, such as the number of questions.
@@ -100,6 +110,7 @@ class Measure:
     further: Mapping[str, Any]
     resampled: str | None = None
     resampled_number: int | None = None
+    interval_of_change: tuple[float, float] | None = None
 
     @property
     def label(self) -> str:
@@ -119,14 +130,31 @@ class Measure:
         return f"{low.removesuffix(PERCENT)} to {self.show(interval[1])}"
 
     def show_difference(self) -> str:
-        difference = self.after - self.before
-        sign = "+" if difference > 0 else ""
+        """After minus before, as both are shown, so that a reader's sum comes out."""
         if self.key in PERCENT_MEASURES:
-            return f"{sign}{100 * difference:.1f} points".replace("-", "−")
-        return f"{sign}{self.show(difference)}"
+            return f"{round(100 * self.after, 1) - round(100 * self.before, 1):+.1f} points".replace("-", "−")
+        small = abs(self.after) <= 1 and abs(self.before) <= 1
+        difference = round(self.after, 3) - round(self.before, 3) if small else self.after - self.before
+        return f"{'+' if difference > 0 else ''}{self.show(difference)}"
 
-    def overlap(self) -> str:
-        """What the two intervals say about the difference, in words."""
+    def show_change_interval(self) -> str:
+        """The interval of the change with its unit; '' when none was recorded."""
+        if self.interval_of_change is None:
+            return ""
+        if self.key not in PERCENT_MEASURES:
+            return self.show_interval(self.interval_of_change)
+        low, high = (f"{100 * end:+.1f}".replace("-", "−") for end in self.interval_of_change)
+        return f"{low} to {high} points"
+
+    def verdict(self) -> str:
+        """What the intervals say about the difference, in words."""
+        if self.interval_of_change is None:
+            return self._overlap()
+        low, high = self.interval_of_change
+        known = "which holds 0, so it may be chance" if low <= 0 <= high else "which excludes 0"
+        return f"a change of {self.show_difference()}, 95{PERCENT} interval {self.show_change_interval()}, {known}"
+
+    def _overlap(self) -> str:
         if self.interval_before is None or self.interval_after is None:
             return "no intervals to judge the difference by"
         (low, high), (other_low, other_high) = self.interval_before, self.interval_after
@@ -144,7 +172,7 @@ class Measure:
         chance = f"; chance gives {self.show(self.chance)}" if self.chance is not None else ""
         return (
             f"{self.label} {verb} from {self.show(self.before)}{bracket_before} to {self.show(self.after)}"
-            f"{bracket_after}: {self.overlap()}{chance}."
+            f"{bracket_after}: {self.verdict()}{chance}."
         )
 
 
@@ -191,6 +219,7 @@ def _read_measure(key: str, value: Mapping[str, Any], where: str) -> Measure:
         interval_after=_read_interval(value.get("interval_after"), f"{where}: {key}.interval_after"),
         chance=None if chance is None else float(chance),
         further={name: content for name, content in value.items() if name not in MEASURE_KEYS},
+        interval_of_change=_read_interval(value.get("interval_of_change"), f"{where}: {key}.interval_of_change"),
         resampled=resampled,
         resampled_number=number,
     )

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
-import torch
-
+from trimtab.data.batch import Batch
+from trimtab.data.encode import Example
 from trimtab.errors import UsageError
 from trimtab.tasks.evaluating import device_of, evaluating
 from trimtab.tasks.knowledge import Question
 from trimtab.tasks.statistics import Interval, bootstrap, mean
+from trimtab.train.loss import term_nats
+from trimtab.train.packing import packing_of
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ def choice_scores(
     whichever answer the tokenizer happens to split finely, and would make models with different tokenizers
     incomparable; undivided, the shortest answer would win too often.
 
-    Questions whose prompts have equally many tokens run together, up to batch_size; a prompt is computed once for all
-    its choices. No padding stands before a scored token, so the batch size changes nothing but rounding.
+    batch_size questions run together, where the model allows it as one prefix tree: what questions and choices begin
+    with is computed once. Batch size and packing change nothing but rounding.
     progress(done, total) counts questions. Training modes are restored. Raises UsageError for no questions.
     """
     if not questions:
@@ -70,10 +71,15 @@ def choice_scores(
         raise UsageError(f"batch_size is {batch_size}, but must be at least 1")
     items = [_tokens(tokenizer, question, index) for index, question in enumerate(questions)]
     scores: dict[int, tuple[float, ...]] = {}
-    with evaluating(model):
-        for batch in _batches(items, batch_size):
-            for item, sums in zip(batch, _score(model, batch), strict=True):
-                scores[item.index] = tuple(s / n for s, n in zip(sums, item.sizes, strict=True))
+    examples = [_choices(item) for item in items]
+    packing = packing_of(model, "auto", [choice for some in examples for choice in some])
+    with evaluating(model), packing.on(model):
+        for start in range(0, len(items), batch_size):
+            batch = items[start : start + batch_size]
+            together = [choice for some in examples[start : start + batch_size] for choice in some]
+            sums = iter(_sums(model, packing.build_eval(together, 0), together))
+            for item in batch:
+                scores[item.index] = tuple(next(sums) / n for n in item.sizes)
             if progress is not None:
                 progress(len(scores), len(questions))
     ordered = tuple(scores[index] for index in range(len(questions)))
@@ -106,38 +112,19 @@ def _without_end(tokenizer: Any, ids: list[int]) -> list[int]:
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
-def _batches(items: Sequence[_Tokens], batch_size: int) -> Iterator[list[_Tokens]]:
-    def shape(item: _Tokens) -> tuple[int, int]:
-        return len(item.shared), len(item.endings)
+def _choices(item: _Tokens) -> list[Example]:
+    """A question with each of its choices, of which only the ending is scored."""
+    return [
+        Example([*item.shared, *ending], [False] * len(item.shared) + [True] * len(ending), item.index, 0, False)
+        for ending in item.endings
+    ]
 
-    for _, group in groupby(sorted(items, key=shape), key=shape):
-        same = list(group)
-        yield from (same[i : i + batch_size] for i in range(0, len(same), batch_size))
 
-
-def _score(model: Any, batch: Sequence[_Tokens]) -> list[list[float]]:
-    """The log-likelihood of each ending of each question, in nats."""
-    device = device_of(model)
-    shared = torch.tensor([item.shared for item in batch], device=device)  # [questions, shared]
-    choices = len(batch[0].endings)
-    flat = [ending for item in batch for ending in item.endings]
-    longest = max(len(ending) for ending in flat)
-    # Pads stand behind every scored token, where a causal model cannot see them: any id will do.
-    endings = torch.tensor([[*ending, *[0] * (longest - len(ending))] for ending in flat], device=device)
-    lengths = torch.tensor([len(ending) for ending in flat], device=device)
-    first = model(input_ids=shared, use_cache=True)
-    cache: Any = getattr(first, "past_key_values", None)
-    if hasattr(cache, "batch_repeat_interleave"):
-        logits = first.logits[:, -1:].repeat_interleave(choices, dim=0)
-        if longest > 1:
-            cache.batch_repeat_interleave(choices)
-            later = model(input_ids=endings[:, :-1], past_key_values=cache, use_cache=True)
-            logits = torch.cat([logits, later.logits], dim=1)  # [questions × choices, longest, vocabulary]
-    else:
-        whole = torch.cat([shared.repeat_interleave(choices, dim=0), endings[:, :-1]], dim=1)
-        logits = model(input_ids=whole, use_cache=False).logits[:, shared.shape[1] - 1 :]
-    picked = logits.float().log_softmax(dim=-1).gather(2, endings.unsqueeze(2)).squeeze(2)
-    scored = torch.arange(longest, device=device) < lengths.unsqueeze(1)
-    sums = picked.masked_fill(~scored, 0.0).sum(dim=1)
-    rows: list[list[float]] = sums.view(len(batch), choices).tolist()
-    return rows
+def _sums(model: Any, batch: Batch, examples: Sequence[Example]) -> list[float]:
+    """The log-likelihood of each example's scored tokens, in nats."""
+    terms = {term: i for i, term in enumerate(zip(batch.predictors.tolist(), batch.targets.tolist(), strict=True))}
+    nats = term_nats(model, batch.to(device_of(model))).tolist()
+    return [
+        -sum(nats[terms[places[i - 1], example.input_ids[i]]] for i in range(1, len(places)) if example.supervised[i])
+        for example, places in zip(examples, batch.places, strict=True)
+    ]

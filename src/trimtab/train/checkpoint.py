@@ -18,20 +18,28 @@ from torch.optim import Optimizer
 
 from trimtab.adapt.adapter import Adapter
 from trimtab.data.encode import Example
-from trimtab.errors import FormatError, problems_to_error
+from trimtab.errors import FormatError, UsageError, problems_to_error
 from trimtab.files import read_json, whole_folder
 from trimtab.formats.tensors import read_tensors, write_tensors
+from trimtab.models.checkpoint import check_safetensors
 from trimtab.options import to_mapping
 from trimtab.train.settings import Settings
 
 log = logging.getLogger("trimtab")
+
+COMPARED = 5
+"""How many steps at a run's start and end its losses are kept of, to tell whether it diverged."""
 
 TENSORS, FIGURES = "state.safetensors", "state.json"
 
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run is. Counters are since its first step; loss_sum is in nats, the other losses a supervised token."""
+    """How far a run is. Counters are since its first step; loss_sum is in nats, the other losses a supervised token.
+
+    eval_loss_before: before the first step. first_losses, last_losses: of the first and the newest few steps.
+    still_steps: those whose gradient was exactly 0.
+    """
 
     step: int = 0
     real_tokens: int = 0
@@ -41,13 +49,21 @@ class Progress:
     eval_loss: float | None = None
     best_loss: float | None = None
     best_step: int = 0
+    eval_loss_before: float | None = None
+    first_losses: list[float] = dataclasses.field(default_factory=list)
+    last_losses: list[float] = dataclasses.field(default_factory=list)
+    still_steps: int = 0
 
-    def add(self, step: int, real_tokens: int, supervised_tokens: int, loss: float) -> None:
+    def add(self, step: int, real_tokens: int, supervised_tokens: int, loss: float, grad_norm: float) -> None:
         """Count a step. loss: nats per supervised token."""
         self.step = step
         self.real_tokens += real_tokens
         self.supervised_tokens += supervised_tokens
         self.loss_sum += loss * supervised_tokens
+        if supervised_tokens:
+            self.first_losses = [*self.first_losses, loss][:COMPARED]
+            self.last_losses = [*self.last_losses, loss][-COMPARED:]
+            self.still_steps += grad_norm == 0
 
 
 def run_identity(
@@ -122,6 +138,33 @@ def clear_partial(folder: Path) -> None:
     for path in [*folder.glob(".step-*"), *folder.glob("step-*")]:
         if path not in whole:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def load_newest(folder: Path, adapter: Adapter, optimizer: Optimizer, identity: Mapping[str, Any]) -> Progress | None:
+    """Put the newest checkpoint in a folder back; None when there is none. Errors as of `load_checkpoint`.
+
+    A damaged one is never passed over in silence: the FormatError says which earlier one is whole.
+    """
+    found = checkpoints(folder)
+    if not found:
+        return None
+    try:
+        return load_checkpoint(found[-1], adapter, optimizer, identity)
+    except FormatError as error:
+        whole = [path for path in found[:-1] if _is_whole(path)]
+        if not whole:
+            raise FormatError(f"{error}. No other checkpoint is whole: start anew in another folder") from error
+        broken = " and ".join(map(str, found[found.index(whole[-1]) + 1 :]))
+        raise FormatError(f"{error}. {whole[-1].name} before it is whole: delete {broken}, and resume again") from error
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        check_safetensors(path / TENSORS)
+        Progress(**read_json(path / FIGURES)["progress"])
+    except (UsageError, KeyError, TypeError):
+        return False
+    return True
 
 
 def load_checkpoint(path: Path, adapter: Adapter, optimizer: Optimizer, identity: Mapping[str, Any]) -> Progress:

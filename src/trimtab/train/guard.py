@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,12 @@ from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.module import modes_kept
 from trimtab.deltas.layout import original_class
 from trimtab.errors import OutOfMemory, TrainingError, UsageError, ran_out_of_memory
+from trimtab.train.checkpoint import Progress
 from trimtab.train.settings import Settings
+
+log = logging.getLogger("trimtab")
+
+DIVERGED = 1.0  # nats per supervised token; noise between steps is seldom as much over the mean of a few
 
 
 @contextmanager
@@ -94,6 +100,35 @@ def not_finite(step: int, loss: float, norm: float, rows: list[int]) -> str:
     """The sentence on a step whose loss or gradient is no number."""
     what = f"loss {loss}" if not math.isfinite(loss) else f"a finite loss but gradient norm {norm}"
     return f"step {step} has {what} (look at its rows: {', '.join(map(str, rows))})"
+
+
+def warn_of_stillness(progress: Progress, loss: float, grad_norm: float) -> None:
+    """Tell of the first step whose gradient is exactly 0: nothing is learned in it."""
+    if grad_norm == 0 and progress.still_steps == 1:
+        log.warning("step %d has loss %.3f and a gradient of exactly 0: nothing is learned", progress.step, loss)
+
+
+def warn_of_divergence(progress: Progress) -> None:
+    """Tell of a run that ends well above where it began, or that had steps without a gradient."""
+    if progress.still_steps:
+        log.warning(
+            "the gradient was exactly 0 in %d of %d steps, in which nothing was learned: lower the learning rate",
+            progress.still_steps,
+            progress.step,
+        )
+    # A short run's first and last steps are not to be the same ones.
+    count = min(len(progress.first_losses), progress.step // 2)
+    if not count:
+        return
+    first, last = (sum(losses) / count for losses in (progress.first_losses[:count], progress.last_losses[-count:]))
+    if last > first + DIVERGED:
+        log.warning(
+            "the run diverged: its training loss was %.3f nats per token in the first %d steps and is %.3f in the "
+            "last, so the adapter is likely worse than none. Lower the learning rate",
+            first,
+            count,
+            last,
+        )
 
 
 def all_finite(adapter: Adapter) -> bool:

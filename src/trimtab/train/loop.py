@@ -22,17 +22,25 @@ import torch
 from trimtab.adapt.adapter import Adapter, state_of
 from trimtab.data.encode import Example
 from trimtab.errors import UsageError, problems_to_error
+from trimtab.models.fused import fused
 from trimtab.train.checkpoint import (
     Progress,
-    checkpoints,
     clear_partial,
-    load_checkpoint,
+    load_newest,
     load_weights,
     run_identity,
     save_checkpoint,
     save_weights,
 )
-from trimtab.train.guard import LastGood, all_finite, memory_advice, not_finite, training_mode
+from trimtab.train.guard import (
+    LastGood,
+    all_finite,
+    memory_advice,
+    not_finite,
+    training_mode,
+    warn_of_divergence,
+    warn_of_stillness,
+)
 from trimtab.train.interrupt import between_steps
 from trimtab.train.loss import Loss, causal_loss, mean_loss, refuse_not_causal
 from trimtab.train.metrics import Logger, MetricsFile
@@ -84,7 +92,8 @@ class FitResult:
     """What a run came to.
 
     seconds: training time, evaluation included, over all its sessions. real_tokens: processed, padding not counted.
-    train_loss: nats per supervised token over the whole run; eval_loss: at the end. peak_rss_bytes: of this process.
+    train_loss: nats per supervised token over the whole run; eval_loss: at the end, eval_loss_before: before the first
+    step, None without evaluation data. peak_rss_bytes: of this process.
     """
 
     steps: int
@@ -96,6 +105,7 @@ class FitResult:
     eval_loss: float | None
     peak_rss_bytes: int
     adapter: str | None
+    eval_loss_before: float | None = None
 
 
 def fit(
@@ -134,12 +144,17 @@ def fit(
 
     with (
         training_mode(model, settings),
+        fused(model),
         packing.on(model),
         memory_advice(settings),
         between_steps(out is not None) as wish,
     ):
         progress = _resumed(out, adapter, optimizer, identity) if resume else Progress()
         good, eval_loss, clock = LastGood(adapter, progress.step), progress.eval_loss, Clock(progress.seconds)
+        if evaluation and progress.step == 0:
+            progress.eval_loss_before = mean_loss(model, evaluation, loss)
+            if not math.isfinite(progress.eval_loss_before):
+                raise good.error(f"the evaluation before training has loss {progress.eval_loss_before}", out)
         optimizer.zero_grad()
         with _sinks(out, progress.step, loggers) as sinks:
             for step in range(progress.step + 1, plan.steps + 1):
@@ -163,7 +178,8 @@ def fit(
                 optimizer.zero_grad()
                 adapter.after_step(step)
 
-                progress.add(step, sum(batch.real_tokens for batch in parts), supervised, step_loss)
+                progress.add(step, sum(batch.real_tokens for batch in parts), supervised, step_loss, norm)
+                warn_of_stillness(progress, step_loss, norm)
                 if evaluation and plan.evaluates(step):
                     eval_loss = progress.eval_loss = mean_loss(model, evaluation, loss)
                     if not math.isfinite(eval_loss):
@@ -183,6 +199,7 @@ def fit(
 
     if not all_finite(adapter):
         raise good.error(f"step {plan.steps} leaves weights that are not finite", out)
+    warn_of_divergence(progress)
     return _finish(adapter, progress, settings, out)
 
 
@@ -255,11 +272,11 @@ def _resumed(
 ) -> Progress:
     assert out is not None
     clear_partial(out / "checkpoints")
-    found = checkpoints(out / "checkpoints")
-    if not found and (out / "adapter").exists():
+    progress = load_newest(out / "checkpoints", adapter, optimizer, identity)
+    if progress is None and (out / "adapter").exists():
         raise UsageError(f"{out} holds an adapter but no checkpoint: there is nothing to resume")
     # A run killed before its first checkpoint starts anew, which comes to the same.
-    return load_checkpoint(found[-1], adapter, optimizer, identity) if found else Progress()
+    return progress or Progress()
 
 
 def _keep_if_best(adapter: Adapter, progress: Progress, settings: Settings, out: Path | None) -> None:
@@ -285,6 +302,7 @@ def _finish(adapter: Adapter, progress: Progress, settings: Settings, out: Path 
         eval_loss,
         peak_rss_bytes(),
         str(adapter.save(out / "adapter")) if out is not None else None,
+        progress.eval_loss_before,
     )
 
 

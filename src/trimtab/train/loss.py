@@ -26,16 +26,33 @@ def causal_loss(model: nn.Module, batch: Batch) -> Tensor:
     something else with its head, which the log says, for all positions. A packed batch that shares prefixes needs a
     model that is within `attending_by_tree`.
     """
+    readout = readout_of(model)
+    if readout is not None:
+        return readout.loss(_at_predictors(readout.hidden, model, batch), batch.targets, batch.weights)
+    return (_nats_of_all_logits(model, batch) * batch.weights).sum()
+
+
+@torch.no_grad()
+def term_nats(model: nn.Module, batch: Batch) -> Tensor:
+    """[terms] of -log p(target | the tokens before it), in nats, without gradient."""
+    readout = readout_of(model)
+    if readout is not None:
+        return readout.nats(_at_predictors(readout.hidden, model, batch), batch.targets)
+    return _nats_of_all_logits(model, batch)
+
+
+def _at_predictors(compute: Callable[..., Tensor], model: nn.Module, batch: Batch) -> Tensor:
+    """[terms, width]: what `compute` gives at the positions that predict something."""
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
     if batch.attention_mask is not None:
         inputs["attention_mask"] = batch.attention_mask
-    readout = readout_of(model)
     with seeing(batch.tree if attends_by_tree(model) else None):
-        if readout is not None:
-            states = readout.hidden(**inputs).flatten(0, 1)
-            return readout.loss(states[batch.predictors], batch.targets, batch.weights)
-        logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[batch.predictors]
-    return (F.cross_entropy(logits.float(), batch.targets, reduction="none") * batch.weights).sum()
+        return compute(**inputs).flatten(0, 1)[batch.predictors]
+
+
+def _nats_of_all_logits(model: nn.Module, batch: Batch) -> Tensor:
+    logits = _at_predictors(lambda **inputs: model(**inputs, use_cache=False).logits, model, batch)
+    return F.cross_entropy(logits.float(), batch.targets, reduction="none")
 
 
 @torch.no_grad()

@@ -5,15 +5,18 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import os
-import statistics
 import sys
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from trimtab.errors import UsageError
 from trimtab.models.dtypes import torch_dtype
+
+CLEARLY = 1.1  # how many times as fast anything but the default must be to be taken
+ROUNDS, SECONDS = 5, 0.05  # of a measurement: at most so many, and none begun after so long
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -31,11 +34,14 @@ def choose(threads: int | None = None, dtype: str = "auto") -> Choice:
     """Set torch's threads and say which dtype to load a model in.
 
     A given value is taken as it is. Otherwise a matrix product the size of a small model's layer is timed: with one
-    thread and all, since threads that wait for each other on shared cores can be slower than one; and in bf16, which
-    is taken only where it beats fp32, for many CPUs compute it slowly. Takes at most about 0.2 s.
+    thread and all, since threads that wait for each other on shared cores can be slower than one; and in bf16, for
+    many CPUs compute it slowly. All cores and fp32 are kept unless the other is faster by a tenth. Takes 0.2 s at most.
+    Raises UsageError for more threads than there are cores.
     """
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads is {threads}, but must be at least 1")
+    cores = _cores()
+    if threads is not None and not 1 <= threads <= cores:
+        wanted = "at least 1" if threads < 1 else f"at most {cores}, the cores that this process may use"
+        raise UsageError(f"threads is {threads}, but must be {wanted}")
     if torch.cuda.is_available():
         if threads is not None:
             torch.set_num_threads(threads)
@@ -44,14 +50,19 @@ def choose(threads: int | None = None, dtype: str = "auto") -> Choice:
         return Choice(
             torch.get_num_threads(), _dtype(dtype, auto), f"this GPU computes bf16 {'' if quick else 'not '}itself"
         )
-    tried = {threads} if threads is not None else {1, _cores()}
-    speeds = {count: _speed(count, torch.float32) for count in sorted(tried)}
-    best = max(speeds, key=lambda count: speeds[count])
-    bf16 = _speed(best, torch.bfloat16) if dtype == "auto" else 0.0
+    counts = [threads] if threads is not None else sorted({1, cores})
+    speeds = _speeds([(count, torch.float32) for count in counts])
+    fp32 = {count: speeds[count, torch.float32] for count in counts}
+    best = 1 if 1 in fp32 and fp32[1] > CLEARLY * fp32[counts[-1]] else counts[-1]
+    told = ", ".join(f"{count} thread{'s' * (count > 1)} {speed:.0f}" for count, speed in fp32.items())
+    reason, fast = f"fp32 GFLOP/s: {told}", torch.float32
+    if dtype == "auto":
+        both = _speeds([(best, torch.float32), (best, torch.bfloat16)])
+        bf16 = both[best, torch.bfloat16]
+        # Against both measurements of fp32: one of them may have met a busy moment.
+        fast = torch.bfloat16 if bf16 > CLEARLY * max(fp32[best], both[best, torch.float32]) else fast
+        reason += f"; bf16 {bf16:.0f}"
     torch.set_num_threads(best)
-    fast = torch.bfloat16 if bf16 > 1.1 * speeds[best] else torch.float32
-    told = ", ".join(f"{count} thread{'s' * (count > 1)} {speed:.0f}" for count, speed in speeds.items())
-    reason = f"fp32 GFLOP/s: {told}" + (f"; bf16 {bf16:.0f}" if dtype == "auto" else "")
     return Choice(best, _dtype(dtype, fast), reason)
 
 
@@ -77,12 +88,24 @@ def _dtype(name: str, auto: torch.dtype) -> torch.dtype:
     return auto if name == "auto" else torch_dtype(name)
 
 
+def _speeds(candidates: Sequence[tuple[int, torch.dtype]]) -> dict[tuple[int, torch.dtype], float]:
+    """GFLOP/s of each (threads, dtype), the best of several rounds that take turns, so that a busy moment hits all."""
+    best = dict.fromkeys(candidates, 0.0)
+    end = time.perf_counter() + SECONDS
+    for _ in range(ROUNDS):
+        for threads, dtype in candidates:
+            best[threads, dtype] = max(best[threads, dtype], _speed(threads, dtype))
+        if time.perf_counter() > end:
+            break
+    return best
+
+
 def _speed(threads: int, dtype: torch.dtype) -> float:
-    """GFLOP/s of a product [128, 576] x [576, 1536], median of a few."""
+    """GFLOP/s of a product [128, 576] x [576, 1536]."""
     torch.set_num_threads(threads)
     x, w = torch.ones(128, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
-    times = [_timed(x, w) for _ in range(4)][1:]
-    return 2 * x.shape[0] * w.numel() / statistics.median(times) / 1e9
+    _timed(x[:8], w)  # wakes the threads
+    return 2 * x.shape[0] * w.numel() / _timed(x, w) / 1e9
 
 
 def _timed(x: Tensor, w: Tensor) -> float:

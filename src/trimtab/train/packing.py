@@ -57,7 +57,14 @@ PAD = Packing("pad", pad, pad, False, "as asked")
 
 
 def packing_for(adapter: Adapter, wanted: str, examples: Sequence[Example], loss: Loss = causal_loss) -> Packing:
-    """The packing that `wanted` (auto, tree, pack or pad) comes to on an adapter's model.
+    """The packing of training an adapter; see `packing_of`."""
+    return packing_of(adapter.model, wanted, examples, dropout=dropout_of(adapter), loss=loss)
+
+
+def packing_of(
+    model: nn.Module, wanted: str, examples: Sequence[Example], *, dropout: float = 0.0, loss: Loss = causal_loss
+) -> Packing:
+    """The packing that `wanted` (auto, tree, pack or pad) comes to on a model that drops out with this probability.
 
     auto takes the first that is exact: a tree; without sharing where dropout is on, as sharing a prefix would share
     its dropout; padding. UsageError when what was asked for by name would not be exact. With dropout, tree by name is
@@ -69,10 +76,9 @@ def packing_for(adapter: Adapter, wanted: str, examples: Sequence[Example], loss
         if wanted != "auto":
             raise UsageError(f"packing '{wanted}' is for the loss of causal models: a loss of your own takes 'pad'")
         return dataclasses.replace(PAD, reason="a loss of your own reads padded batches")
-    model = adapter.model
     why = why_no_tree(model, max((len(example.input_ids) for example in examples), default=0))
     if why is None:
-        return _by_tree(wanted, dropout_of(adapter))
+        return _by_tree(wanted, dropout)
     if wanted == "tree":
         raise UsageError(f"packing 'tree' would not be exact: {why}; packing 'auto' takes what is")
     leak = leaks(model)

@@ -1,0 +1,65 @@
+"""Gated layers with less memory: which are taken, and that nothing but memory changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import trimtab
+from toys import built
+from trimtab.models.fused import fused
+
+
+def gradients(model: nn.Module, adapter) -> list[torch.Tensor]:
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6]])
+    found = torch.autograd.grad(model(input_ids=ids, labels=ids).loss, adapter.parameters())
+    return [gradient.clone() for gradient in found]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_gradients_are_the_same_and_less_is_kept(name: str) -> None:
+    model = built(name)
+    adapter = trimtab.attach(model, trimtab.LoRA(rank=2))
+    classes = [type(module) for module in model.modules()]
+    sizes = []
+
+    def note(tensor):
+        sizes[-1].add((tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()))
+        kept.append(tensor)
+        return tensor
+
+    found, kept = [], []
+    for on in (False, True):
+        sizes.append(set())
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            if on:
+                with fused(model) as count:
+                    assert count == 2
+                    found.append(gradients(model, adapter))
+            else:
+                found.append(gradients(model, adapter))
+    for plain, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain)
+    plain_bytes, ours_bytes = (sum(size for _, size in each) for each in sizes)
+    assert ours_bytes < plain_bytes
+    assert [type(module) for module in model.modules()] == classes
+
+
+class Squared(nn.Module):
+    """Looks like a gated layer, and is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 4)
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x) ** 2)
+
+
+def test_what_computes_something_else_is_left_alone() -> None:
+    model = nn.Sequential(Squared())
+    with fused(model) as count:
+        assert count == 0
+        assert type(model[0]) is Squared
