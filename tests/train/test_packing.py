@@ -122,7 +122,7 @@ def test_random_trees_in_any_order_give_the_separate_loss(rows, random) -> None:
             whole = causal_loss(model, pack_shared(examples)).item()
             random.shuffle(examples)
             again = causal_loss(model, pack_shared(examples)).item()
-    assert whole == again
+    assert whole == pytest.approx(again, rel=1e-6)  # equal terms may be added up in another order
     assert whole == pytest.approx(alone, rel=1e-5)
 
 

@@ -109,7 +109,7 @@ def test_a_run_that_ends_far_above_its_start_says_so(run, examples, caplog):
     assert "the run diverged: its training loss was" in caplog.text
     caplog.clear()
     run(epochs=4)
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 def test_steps_without_any_gradient_are_told_at_once_and_counted(examples, caplog):
@@ -119,7 +119,7 @@ def test_steps_without_any_gradient_are_told_at_once_and_counted(examples, caplo
         return causal_loss(model, batch) * 0.0
 
     trimtab.fit(adapter, examples, Settings(batch_size=4), loss=loss)
-    told = [record.getMessage() for record in caplog.records]
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert told == [
         "step 1 has loss 0.000 and a gradient of exactly 0: nothing is learned",
         "the gradient was exactly 0 in 3 of 3 steps, in which nothing was learned: lower the learning rate",

@@ -42,11 +42,11 @@ def named_adapters(given: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
-def load_adapters(model: Any, adapters: dict[str, str], screen: Screen) -> None:
+def load_adapters(model: Any, adapters: dict[str, str], screen: Screen, *, any_base: bool = False) -> None:
     """Put every adapter on the model; the last one stays enabled."""
     import trimtab
 
     with screen.progress("loading adapters", "adapters") as update:
         for number, (name, folder) in enumerate(adapters.items(), 1):
-            trimtab.load(model, folder, name=name)
+            trimtab.load(model, folder, name=name, any_base=any_base)
             update(number, len(adapters))

@@ -20,6 +20,7 @@ COMMANDS = """/use NAME   answer with another adapter (/use base: none)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatFlags(ModelFlags):
     adapter: tuple[str, ...] = option((), "adapter folders, each as DIR or NAME=DIR; the first one answers")
+    any_base: bool = option(False, "take an adapter though it was trained on other weights than the model's")
     system: str | None = option(None, "the system message")
     max_new_tokens: int = option(512, "longest answer in tokens")
     temperature: float = option(0.0, "0 takes the likeliest token; above 0 samples")
@@ -36,7 +37,7 @@ def run(name: str, summary: str, argv: list[str]) -> None:
     loaded = load_model(flags, screen)
     if loaded.tokenizer is None or not loaded.tokenizer.chat_template:
         raise UsageError(f"{flags.model} has no chat template: use trimtab generate --raw")
-    load_adapters(loaded.model, adapters, screen)
+    load_adapters(loaded.model, adapters, screen, any_base=flags.any_base)
     names = [*adapters, BASE]
     start = [{"role": "system", "content": flags.system}] if flags.system else []
     turns, used = list(start), names[0]

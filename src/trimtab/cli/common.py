@@ -170,8 +170,9 @@ def load_model(flags: ModelName, screen: Screen, kind: str = "causal-lm") -> Any
     import torch
 
     from trimtab.models.load import load
-    from trimtab.train.machine import choose
+    from trimtab.train.machine import choose, keep_freed_memory
 
+    keep_freed_memory()
     machine = choose(flags.threads, flags.dtype) if isinstance(flags, ModelFlags) else None
     find_model(flags.model, screen, trust_remote_code=flags.trust_remote_code, kind=kind)
     with screen.progress(f"loading {flags.model}"):

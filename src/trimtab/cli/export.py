@@ -12,6 +12,7 @@ from trimtab.options import option
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportFlags(ModelName):
     adapter: str = option(help="the adapter's folder")
+    any_base: bool = option(False, "take an adapter though it was trained on other weights than the model's")
     out: str = option(help="folder for the exported adapter")
     format: Literal["peft"] = option("peft", "peft: a standard LoRA that PEFT and others load")
 
@@ -26,7 +27,7 @@ def run(name: str, summary: str, argv: list[str]) -> None:
     from trimtab.formats.peft import export_peft
 
     with screen.progress("loading the adapter"):
-        adapter = trimtab.load(loaded.model, flags.adapter)
+        adapter = trimtab.load(loaded.model, flags.adapter, any_base=flags.any_base)
     with screen.progress("writing the adapter"):
         folder = export_peft(adapter, flags.out)
     screen.outcome(f"{flags.format} adapter: {folder}")

@@ -17,6 +17,7 @@ from trimtab.options import option
 class GenerateFlags(ModelFlags):
     prompt: tuple[str, ...] = option((), "prompts to answer", positional=True)
     adapter: tuple[str, ...] = option((), "adapter folders, each as DIR or NAME=DIR")
+    any_base: bool = option(False, "take an adapter though it was trained on other weights than the model's")
     use: tuple[str, ...] = option((), "names of the adapters to answer with; by default each given one (base: none)")
     rows: str | None = option(
         None,
@@ -40,7 +41,7 @@ def run(name: str, summary: str, argv: list[str]) -> None:
     need_tokenizer(loaded)
     if not flags.raw and not loaded.tokenizer.chat_template:
         raise UsageError(f"{flags.model} has no chat template: give --raw to continue the prompts as they are")
-    load_adapters(loaded.model, adapters, screen)
+    load_adapters(loaded.model, adapters, screen, any_base=flags.any_base)
     answers = _answer(flags, loaded, requests, screen)
     results = [
         {"prompt": prompt, "adapter": used, "answer": answer}

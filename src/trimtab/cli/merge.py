@@ -13,6 +13,7 @@ from trimtab.options import option
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MergeFlags(ModelName):
     adapter: str = option(help="the adapter's folder")
+    any_base: bool = option(False, "take an adapter though it was trained on other weights than the model's")
     out: str = option(help="folder for the merged model")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "dtype of the merged model; auto keeps the checkpoint's, float32 loses nothing of the change"
@@ -30,7 +31,7 @@ def run(name: str, summary: str, argv: list[str]) -> None:
     from trimtab.report.record import write_audit
 
     with screen.progress("loading the adapter"):
-        adapter = trimtab.load(loaded.model, flags.adapter)
+        adapter = trimtab.load(loaded.model, flags.adapter, any_base=flags.any_base)
     dtype = None if flags.dtype == "auto" else torch_dtype(flags.dtype)
     with screen.progress("merging and auditing"):
         audit = trimtab.merge(adapter, dtype=dtype, tokenizer=loaded.tokenizer)

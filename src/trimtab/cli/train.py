@@ -37,6 +37,7 @@ def run(name: str, summary: str, argv: list[str]) -> None:
         f"trained in {result['seconds']:.1f} s, {result['tokens_per_second']:.0f} tokens/s, "
         f"loss {result['train_loss']:.3f} nats per token"
         + (f", evaluation {result['eval_loss']:.3f}" if result["eval_loss"] is not None else "")
+        + (f" ({before:.3f} before training)" if (before := result.get("eval_loss_before")) is not None else "")
     )
     screen.outcome(f"adapter: {result['adapter']}")
     model, adapter, merged = (shlex.quote(str(x)) for x in (recipe.model.model, result["adapter"], folder / "merged"))

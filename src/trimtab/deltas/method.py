@@ -80,4 +80,4 @@ class Method:
 def positive(name: str, value: float) -> list[str]:
     """A problem unless `value` is a finite number above 0."""
     fine = isinstance(value, int | float) and math.isfinite(value) and value > 0
-    return [] if fine else [f"{name} is {value}, but must be above 0"]
+    return [] if fine else [f"{name} is {value}, but must be a finite number above 0"]

@@ -39,6 +39,10 @@ FIGURES = {
     "tokens_per_second": ("Speed", lambda value: f"{number(value)} tokens per second"),
     "train_loss": ("Training loss", lambda value: f"{number(value, 4)} nats per supervised token"),
     "eval_loss": ("Evaluation loss", lambda value: f"{number(value, 4)} nats per supervised token"),
+    "eval_loss_before": (
+        "Evaluation loss before training",
+        lambda value: f"{number(value, 4)} nats per supervised token",
+    ),
     "peak_rss_bytes": ("Peak memory (resident set)", mebibytes),
     "trainable_parameters": ("Trainable parameters", lambda value: f"{value:,} parameters"),
     "base_parameters": ("Frozen parameters", lambda value: f"{value:,} parameters"),

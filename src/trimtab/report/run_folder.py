@@ -15,6 +15,7 @@ Row = Mapping[str, Any]
 
 RESULT_NUMBERS = (
     *("seconds", "real_tokens", "supervised_tokens", "tokens_per_second", "train_loss", "eval_loss"),
+    "eval_loss_before",
     *("peak_rss_bytes", "trainable_parameters", "base_parameters"),
 )
 AUDIT_SHARES = ("unchanged_share", "realised_share", "error_share")
