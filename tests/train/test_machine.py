@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -87,3 +91,24 @@ def test_more_threads_than_cores_are_refused(monkeypatch):
 def test_no_threads_are_refused():
     with pytest.raises(UsageError, match="threads is 0, but must be at least 1"):
         machine.choose(0)
+
+
+KEPT = """
+import torch
+from pathlib import Path
+from trimtab.train.machine import keep_freed_memory
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+keep_freed_memory()
+torch.ones(10)
+before = resident()
+block = torch.ones(6 * 2**20)  # 24 MiB
+del block
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone can be asked")
+def test_memory_that_tensors_give_back_is_kept():
+    done = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 20 * 2**20

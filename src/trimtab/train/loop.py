@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from trimtab.adapt.adapter import Adapter, state_of
+from trimtab.data.batch import Batch
 from trimtab.data.encode import Example
 from trimtab.errors import UsageError, problems_to_error
 from trimtab.models.fused import fused
@@ -44,7 +46,7 @@ from trimtab.train.guard import (
 from trimtab.train.interrupt import between_steps
 from trimtab.train.loss import Loss, causal_loss, mean_loss, refuse_not_causal
 from trimtab.train.metrics import Logger, MetricsFile
-from trimtab.train.packing import packing_for
+from trimtab.train.packing import Packing, packing_for
 from trimtab.train.plan import Plan, eval_batches, micro_batches
 from trimtab.train.settings import Settings
 
@@ -131,7 +133,7 @@ def fit(
     a checkpoint.
     """
     settings = settings or Settings()
-    model, device = adapter.model, next(adapter.model.parameters()).device
+    model = adapter.model
     out = Path(out) if out is not None else None
     _refuse(adapter, settings, eval_examples, out, resume, loss)
     with memory_advice(settings):
@@ -142,19 +144,11 @@ def fit(
     parameters, optimizer = adapter.parameters(), _optimizer(adapter, plan.base_lr, settings)
     identity = run_identity(adapter, settings, examples, eval_examples)
 
-    with (
-        training_mode(model, settings),
-        fused(model),
-        packing.on(model),
-        memory_advice(settings),
-        between_steps(out is not None) as wish,
-    ):
+    with _set_up(model, settings, packing), between_steps(out is not None) as wish:
         progress = _resumed(out, adapter, optimizer, identity) if resume else Progress()
         good, eval_loss, clock = LastGood(adapter, progress.step), progress.eval_loss, Clock(progress.seconds)
         if evaluation and progress.step == 0:
-            progress.eval_loss_before = mean_loss(model, evaluation, loss)
-            if not math.isfinite(progress.eval_loss_before):
-                raise good.error(f"the evaluation before training has loss {progress.eval_loss_before}", out)
+            progress.eval_loss_before = _evaluated(model, evaluation, loss, "before training", good, out)
         optimizer.zero_grad()
         with _sinks(out, progress.step, loggers) as sinks:
             for step in range(progress.step + 1, plan.steps + 1):
@@ -162,11 +156,7 @@ def fit(
                 parts = micro_batches(examples, chosen, settings, packing, pad_id)
                 supervised = sum(batch.supervised_tokens for batch in parts)
 
-                step_loss = 0.0
-                for batch in parts:
-                    part = loss(model, batch.to(device)) / supervised
-                    part.backward()  # type: ignore[no-untyped-call]
-                    step_loss += part.item()
+                step_loss = _backward(model, parts, supervised, loss)
                 norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip or math.inf).item()
                 if not math.isfinite(step_loss + norm):
                     raise good.error(not_finite(step, step_loss, norm, [examples[i].row for i in chosen]), out)
@@ -181,9 +171,8 @@ def fit(
                 progress.add(step, sum(batch.real_tokens for batch in parts), supervised, step_loss, norm)
                 warn_of_stillness(progress, step_loss, norm)
                 if evaluation and plan.evaluates(step):
-                    eval_loss = progress.eval_loss = mean_loss(model, evaluation, loss)
-                    if not math.isfinite(eval_loss):
-                        raise good.error(f"the evaluation after step {step} has loss {eval_loss}", out)
+                    eval_loss = _evaluated(model, evaluation, loss, f"after step {step}", good, out)
+                    progress.eval_loss = eval_loss
                     _keep_if_best(adapter, progress, settings, out)
                 progress.seconds = clock.seconds()
                 report = StepReport.of(progress, plan, step_loss, lr, norm, eval_loss if plan.evaluates(step) else None)
@@ -201,6 +190,33 @@ def fit(
         raise good.error(f"step {plan.steps} leaves weights that are not finite", out)
     warn_of_divergence(progress)
     return _finish(adapter, progress, settings, out)
+
+
+@contextmanager
+def _set_up(model: nn.Module, settings: Settings, packing: Packing) -> Iterator[None]:
+    """The model as training needs it: its mode, leaner layers, attention that takes the batches."""
+    with training_mode(model, settings), fused(model), packing.on(model), memory_advice(settings):
+        yield
+
+
+def _backward(model: nn.Module, parts: Sequence[Batch], supervised: int, loss: Loss) -> float:
+    """Add up the gradients of a step's batches. Returns its loss, the mean over its supervised tokens."""
+    device, total = next(model.parameters()).device, 0.0
+    for batch in parts:
+        part = loss(model, batch.to(device)) / supervised
+        part.backward()  # type: ignore[no-untyped-call]
+        total += part.item()
+    return total
+
+
+def _evaluated(
+    model: nn.Module, evaluation: Sequence[Batch], loss: Loss, when: str, good: LastGood, out: Path | None
+) -> float:
+    """The evaluation loss. TrainingError, with the last good adapter kept, when it is not finite."""
+    found = mean_loss(model, evaluation, loss)
+    if not math.isfinite(found):
+        raise good.error(f"the evaluation {when} has loss {found}", out)
+    return found
 
 
 class Clock:
