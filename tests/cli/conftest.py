@@ -159,6 +159,7 @@ def terminal(trimtab, monkeypatch):
 
     def call(*arguments):
         monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("TERM", "xterm")  # one that can draw, whatever the tests themselves run on
         monkeypatch.setenv("COLUMNS", "200")
         monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
         done = trimtab(*arguments)

@@ -452,6 +452,7 @@ def test_the_hubs_own_bars_stand_alone(trimtab, model, data, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "datasets", Fake())
     monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
     done = trimtab("data", "inspect", "some/rows", "--model", "nobody/nothing")
     assert "no model 'nobody/nothing'" in done.err
     assert "loading torch" in done.err
