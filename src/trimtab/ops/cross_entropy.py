@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from trimtab.ops.precision import wide
+
 Head = Callable[[Tensor], Tensor]
 BLOCK_BYTES = 2**25  # of fp32 logits: blocks of some 170 rows at 50,000 tokens, where products are already fast
 
@@ -68,7 +70,7 @@ def token_nats(hidden: Tensor, targets: Tensor, head: Head, vocabulary: int) -> 
     blocks = []
     for h, t in zip(torch.split(hidden, size), torch.split(targets, size), strict=True):
         z = head(h)
-        blocks.append(F.cross_entropy(z.to(_wide(z.dtype)), t, reduction="none"))
+        blocks.append(F.cross_entropy(z.to(wide(z.dtype)), t, reduction="none"))
     return torch.cat(blocks)
 
 
@@ -97,7 +99,7 @@ class _Blocked(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         gradient = gradient and any(t.requires_grad for t in (hidden, *parameters))
-        loss = hidden.new_zeros((), dtype=_wide(hidden.dtype))
+        loss = hidden.new_zeros((), dtype=wide(hidden.dtype))
         sums = [torch.zeros_like(p) for p in parameters] if gradient else []
         to_hidden = torch.empty_like(hidden) if gradient else None
         for start in range(0, len(hidden), size):
@@ -128,7 +130,7 @@ def _linear_block(
     soft_cap: float | None,
     gradient: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    z = F.linear(hidden, weight, bias).to(_wide(hidden.dtype))  # [rows, vocabulary]
+    z = F.linear(hidden, weight, bias).to(wide(hidden.dtype))  # [rows, vocabulary]
     if scale != 1.0:
         z *= scale
     if soft_cap is not None:
@@ -155,11 +157,7 @@ def _head_block(
     with torch.set_grad_enabled(gradient):
         own = hidden.detach().requires_grad_(gradient)
         z = head(own)
-        nats = F.cross_entropy(z.to(_wide(z.dtype)), targets, reduction="none")
+        nats = F.cross_entropy(z.to(wide(z.dtype)), targets, reduction="none")
         loss = (nats * weights).sum()
         gradients = torch.autograd.grad(loss, [own, *parameters]) if gradient else ()
     return loss.detach(), list(gradients)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from trimtab.ops.precision import wide
+
 Segment = tuple[int, int, int]
 """(a, b, e): the tokens [a, b) without a branch among them, and the end e that they share."""
 
@@ -103,7 +105,7 @@ def _dense(
     if soft_cap is None:
         return F.scaled_dot_product_attention(query, key, value, tree.mask(), dropout, scale=scale)
     scores = soft_cap * torch.tanh(query @ key.transpose(1, 2) * scale / soft_cap)
-    p = scores.masked_fill(~tree.mask(), -torch.inf).softmax(-1, dtype=_wide(scores.dtype)).to(query.dtype)
+    p = scores.masked_fill(~tree.mask(), -torch.inf).softmax(-1, dtype=wide(scores.dtype)).to(query.dtype)
     return F.dropout(p, dropout) @ value
 
 
@@ -138,7 +140,7 @@ class _Segmented(torch.autograd.Function):
         q, k, v = _grouped(query, key, value)  # [key_heads, groups, N, width]
         # [N, heads, width] in memory, as the projection after attention reads it.
         out = query.new_empty(query.shape[1], query.shape[0], query.shape[2]).transpose(0, 1)
-        o, log_sum = out.view(q.shape), q.new_empty(q.shape[:3], dtype=_wide(q.dtype))
+        o, log_sum = out.view(q.shape), q.new_empty(q.shape[:3], dtype=wide(q.dtype))
         for a, b, _ in segments:
             own = slice(a, b)
             o[:, :, own], log_sum[:, :, own] = _forward(
@@ -159,7 +161,7 @@ class _Segmented(torch.autograd.Function):
         segments, scale = ctx.rest
         q, k, v = _grouped(query, key, value)
         o, g = out.view(q.shape), grad.view(q.shape)
-        gq, gk, gv = (torch.zeros(q.shape, dtype=_wide(q.dtype), device=q.device) for _ in range(3))
+        gq, gk, gv = (torch.zeros(q.shape, dtype=wide(q.dtype), device=q.device) for _ in range(3))
         for a, b, end in segments:
             for rows, causal in ((slice(a, b), True), (slice(b, end), False)):
                 if rows.start < rows.stop:
@@ -194,7 +196,3 @@ def _combine(out: Tensor, log_sum: Tensor, more: Tensor, more_log_sum: Tensor) -
     total = torch.logaddexp(log_sum, more_log_sum)
     out.mul_((log_sum - total).exp_().unsqueeze(-1)).add_(more * (more_log_sum - total).exp_().unsqueeze(-1))
     log_sum.copy_(total)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
