@@ -102,6 +102,17 @@ def test_no_logits_are_kept_for_backward(adapter, examples):
     assert not [shape for shape in shapes if shape[-1] == VOCABULARY]
 
 
+def test_a_head_put_in_later_is_the_one_that_is_used(llama, examples):
+    batch = pad(examples, 0)
+    with torch.no_grad():
+        before = causal_loss(llama, batch).item()
+        llama.set_output_embeddings(torch.nn.Linear(16, VOCABULARY, bias=False))
+        after = causal_loss(llama, batch).item()
+        wanted = reference(llama, examples).item() * batch.supervised_tokens
+    assert after == pytest.approx(wanted, rel=ROUNDING)
+    assert after != pytest.approx(before, rel=1e-2)
+
+
 def test_a_batch_without_targets_has_loss_zero_and_gradients_of_zero(adapter):
     silent = pad([Example([1, 2, 3], [True, False, False], 1, 0, False)], 0)
     loss = causal_loss(adapter.model, silent)

@@ -67,7 +67,9 @@ _KNOWN: WeakKeyDictionary[nn.Module, Readout | None] = WeakKeyDictionary()
 
 def readout_of(model: nn.Module) -> Readout | None:
     """The model's readout; None, said once in the log, where its logits are something else than described above."""
-    if model not in _KNOWN:
+    known = _KNOWN.get(model)
+    replaced = known is not None and known.head is not cast("Any", model).get_output_embeddings()
+    if model not in _KNOWN or replaced:
         found = _candidate(model)
         why = "its head was not found" if found is None else _difference(model, found)
         if why is not None:
