@@ -42,11 +42,17 @@ def test_padding_is_on_the_left_and_positions_start_at_the_first_token() -> None
 
 def test_packing_restarts_positions_and_never_predicts_a_first_token() -> None:
     batch = pack([Example([5, 6], [True, True], 3, 0, False), Example([7, 8, 9], [True, False, True], 4, 0, False)], 0)
-    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9]]
-    assert batch.position_ids.tolist() == [[0, 1, 0, 1, 2]]
-    assert (batch.predictors.tolist(), batch.targets.tolist()) == ([0, 3], [6, 9])
+    assert batch.input_ids.tolist() == [[5, 7, 8]]  # nothing reads a last token
+    assert batch.position_ids.tolist() == [[0, 0, 1]]
+    assert (batch.predictors.tolist(), batch.targets.tolist()) == ([0, 2], [6, 9])
     assert batch.attention_mask is None
     assert (batch.examples, batch.real_tokens, batch.supervised_tokens) == ((3, 4), 5, 2)
+
+
+def test_what_follows_the_last_predictor_is_left_out() -> None:
+    asked = Example([5, 6, 7, 8], [False, True, False, False], 1, 0, False)
+    assert pack([asked]).input_ids.tolist() == [[5]]
+    assert pack([dataclasses.replace(asked, supervised=[True, False, False, False])]).input_ids.tolist() == [[5]]
 
 
 @pytest.mark.parametrize("build", [pad, pack, pack_shared])
@@ -113,7 +119,7 @@ def test_padded_and_packed_give_the_separate_examples_loss(attention: str) -> No
     separate = sum(loss(pad([example], 0)) for example in some)
     # float32 sums of about a dozen terms; what leaks between examples must show far above their rounding.
     packed = pack(some, 0)
-    leaking = dataclasses.replace(packed, position_ids=torch.arange(packed.real_tokens)[None])
+    leaking = dataclasses.replace(packed, position_ids=torch.arange(packed.input_ids.numel())[None])
     assert loss(pad(some, 0)) == pytest.approx(separate, rel=1e-5)
     assert loss(packed) == pytest.approx(separate, rel=1e-5)
     assert loss(leaking) != pytest.approx(separate, rel=1e-2)

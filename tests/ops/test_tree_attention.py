@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,17 @@ from torch import Tensor
 
 from trimtab.ops import tree_attention as module
 from trimtab.ops.tree_attention import Tree, tree_attention
+
+
+@pytest.fixture(params=["blocks", "small blocks", "flash"], scope="module", autouse=True)
+def path_taken(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test here holds for each way of computing it on a CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "small blocks":
+            patch.setattr(module, "ROWS", 3)
+        if request.param == "flash":
+            patch.setattr(module, "LONGEST", 0)
+        yield request.param
 
 
 def ends(parents: list[int]) -> list[int]:
@@ -121,12 +134,21 @@ def test_bf16_differs_by_its_rounding_alone() -> None:
     assert (y.double() - true).norm() < 0.01 * true.norm()  # 8 bits
 
 
-def test_only_inputs_and_the_result_are_kept() -> None:
+def test_only_inputs_and_the_result_are_kept(path_taken: str) -> None:
     tree = Tree.of(ends([*range(-1, 29), 9, *range(30, 49)]))
     q, k, v = (t * 1.0 for t in inputs(50))
     kept = saved_bytes(lambda: tree_attention(q, k, v, tree))
-    log_sums = 4 * 50 * 8
-    assert kept == (2 * q.numel() + k.numel() + v.numel()) * 8 + log_sums
+    result_and_log_sums = (q.numel() + 4 * 50) * 8 if path_taken == "flash" else 0
+    assert kept == (q.numel() + k.numel() + v.numel()) * 8 + result_and_log_sums
+
+
+def test_blocks_hold_every_row_once_and_its_path() -> None:
+    tree = Tree.of(ends([-1, 0, 1, 1, 3, -1, 5]))
+    rows = [list(range(*own)) for own, _ in tree.blocks]
+    assert sum(rows, []) == list(range(7))
+    mask = tree.mask()
+    for own, path in tree.blocks:
+        assert [j for a, b in path for j in range(a, b)] == [j for j in range(7) if mask[own[1] - 1, j]]
 
 
 @pytest.mark.parametrize("parents", [[*range(-1, 6)], [-1, 0, 1, 1, 3, -1, 5]])

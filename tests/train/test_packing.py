@@ -132,13 +132,14 @@ def test_a_tree_of_one_example_is_that_example() -> None:
     assert torch.equal(tree.input_ids, row.input_ids)
     assert torch.equal(tree.position_ids, row.position_ids)
     assert torch.equal(tree.predictors, row.predictors)
-    assert tree.tree.segments == ((0, len(example.input_ids), len(example.input_ids)),)
+    read = len(example.input_ids) - 1  # its last token predicts nothing
+    assert tree.tree.segments == ((0, read, read),)
 
 
 def test_no_token_sees_another_branch() -> None:
     model = made("llama")
-    rows = [[1, 2, 3, 4], [1, 2, 5, 6], [1, 2, 5, 7]]
-    batch = pack_shared([Example(ids, [True] * 4, 1, 0, False) for ids in rows])
+    rows = [[1, 2, 3, 4, 1], [1, 2, 5, 6, 1], [1, 2, 5, 7, 1]]
+    batch = pack_shared([Example(ids, [True] * 5, 1, 0, False) for ids in rows])
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7]]
     other = batch.input_ids.clone()
     other[0, 2:4] = torch.tensor([11, 12])  # another first branch
@@ -150,7 +151,7 @@ def test_no_token_sees_another_branch() -> None:
 
 def test_each_distinct_prefix_stands_once_and_counts_for_all() -> None:
     batch = pack_shared(relatives())
-    prefixes = {tuple(e.input_ids[: i + 1]) for e in relatives() for i in range(len(e.input_ids))}
+    prefixes = {tuple(e.input_ids[: i + 1]) for e in relatives() for i in range(len(e.input_ids) - 1)}
     assert batch.input_ids.numel() == len(prefixes)
     assert batch.real_tokens == sum(len(e.input_ids) for e in relatives())
     assert batch.weights.sum() == batch.supervised_tokens == sum(sum(e.supervised[1:]) for e in relatives())

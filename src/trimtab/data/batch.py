@@ -29,7 +29,8 @@ class Batch:
     the flattened tokens predicts `targets[t]`; a position of a tree may predict several.
     examples: the row numbers of the examples in their files. real_tokens: the examples' tokens, without padding and
     each counted though a tree may compute it once. supervised_tokens: the sum of the weights, which is what a mean
-    loss divides by. places: for each example, where its tokens stand among the flattened ones.
+    loss divides by. places: for each example, where its tokens stand among the flattened ones; those behind its last
+    predictor may be left out.
     """
 
     input_ids: Tensor
@@ -99,11 +100,11 @@ Term = tuple[int, int]
 
 
 def add_terms(terms: dict[Term, int], example: Example, places: Sequence[int]) -> None:
-    """Count an example's targets. places: where each of its tokens stands among the batch's, flattened.
+    """Count an example's targets. places: where its tokens stand among the batch's, flattened; all that predict.
 
     Nothing predicts an example's first token: what stands before it is padding or another example.
     """
-    for i in range(1, len(places)):
+    for i in range(1, len(example.input_ids)):
         if example.supervised[i]:
             term = places[i - 1], example.input_ids[i]
             terms[term] = terms.get(term, 0) + 1

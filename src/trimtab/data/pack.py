@@ -14,9 +14,10 @@ from trimtab.ops.tree_attention import Tree
 def pack(examples: Sequence[Example], pad_id: int = 0, *, share: bool = False) -> Batch:
     """`examples` in a single row; no example sees another.
 
-    Tensors are [1, tokens]. share: every distinct prefix stands once, in depth-first order, and what follows it
-    attends to it; the loss has a term for each target of each example, equal ones counted. pad_id is not used; it is
-    there so that `pad` and `pack` are called alike. Raises UsageError without examples.
+    Tensors are [1, tokens]. What follows an example's last predictor is left out: nothing reads it. share: every
+    distinct prefix stands once, in depth-first order, and what follows it attends to it; the loss has a term for each
+    target of each example, equal ones counted. pad_id is not used; it is there so that `pad` and `pack` are called
+    alike. Raises UsageError without examples.
     """
     need_some(examples)
     ids: list[int] = []
@@ -26,11 +27,12 @@ def pack(examples: Sequence[Example], pad_id: int = 0, *, share: bool = False) -
     places: list[list[int]] = [[] for _ in examples]
     terms: dict[Term, int] = {}
     before: list[int] = []
+    read = [example.input_ids[: _read(example)] for example in examples]
     order = list(range(len(examples)))
     if share:  # so that whatever begins alike is neighbours; then the order of the examples does not matter either
-        order.sort(key=lambda i: examples[i].input_ids)
+        order.sort(key=lambda i: read[i])
     for index in order:
-        own = examples[index].input_ids
+        own = read[index]
         shared = _common(before, own) if share else 0
         for place in path[shared:]:
             end[place] = len(ids)
@@ -57,6 +59,11 @@ def pack(examples: Sequence[Example], pad_id: int = 0, *, share: bool = False) -
 def pack_shared(examples: Sequence[Example], pad_id: int = 0) -> Batch:
     """`pack` with every distinct prefix once."""
     return pack(examples, pad_id, share=True)
+
+
+def _read(example: Example) -> int:
+    """How many of an example's tokens anything depends on: those before its last target; the first at least."""
+    return max((i for i, target in enumerate(example.supervised) if target and i), default=1)
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -5,9 +5,13 @@ in its own sequence, which is to say
 
     i attends to j   iff   j ≤ i < end[j]
 
-On a CPU no mask is made. A run of tokens without a branch in it is a segment [a, b) whose tokens share one end e. Its
-tokens see their own segment causally, and all of [b, e), which descend from it, see all of [a, b): two plain calls on
-slices. A row's partial results over several segments j combine exactly by their log-sums Lⱼ:
+On a CPU no mask is made. A run of tokens without a branch in it is a segment [a, b) whose tokens share one end e. Short
+sequences go block by block: some rows of a segment against the tokens from the root to the last of them, as plain
+products, whose only mask is the triangle of the rows among themselves; backward computes the probabilities again. The
+heads that share a key head are rows of the same products.
+
+Long sequences go through flash attention: a segment's tokens see it causally, and all of [b, e), which descend from it,
+see all of [a, b), two calls on slices. A row's partial results over several segments j combine by their log-sums Lⱼ:
 
     L = log Σⱼ exp Lⱼ        o = Σⱼ exp(Lⱼ − L) oⱼ
 
@@ -17,6 +21,7 @@ and the gradient of each part is flash attention's own with the final L and o in
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +34,15 @@ from trimtab.ops.precision import wide
 
 Segment = tuple[int, int, int]
 """(a, b, e): the tokens [a, b) without a branch among them, and the end e that they share."""
+Span = tuple[int, int]
+"""The tokens from the first number on and before the second."""
+Block = tuple[Span, tuple[Span, ...]]
+"""Rows of one segment, and what they see: the spans of their path, which ends with the last of the rows."""
+
+ROWS = 96
+"""At most as many rows a block: few waste products on the triangle, many make the products slow."""
+LONGEST = 768
+"""Tokens of a path up to which blocks are as fast as flash attention, or faster (benchmarks/RESULTS.md)."""
 
 
 class Tree:
@@ -45,6 +59,27 @@ class Tree:
         starts = [j for j, stop in enumerate(end) if j == 0 or stop != end[j - 1]]
         segments = [(a, b, end[a]) for a, b in zip(starts, [*starts[1:], len(end)], strict=True)]
         return Tree(torch.tensor(end), segments)
+
+    @functools.cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """The tokens in order, at most ROWS in a block, with the path of each block."""
+        found: list[Block] = []
+        path: list[Segment] = []
+        for a, b, end in self.segments:
+            while path and path[-1][2] <= a:
+                path.pop()
+            before = [(start, stop) for start, stop, _ in path]
+            size = math.ceil((b - a) / math.ceil((b - a) / ROWS))
+            for start in range(a, b, size):
+                stop = min(start + size, b)
+                found.append(((start, stop), _joined([*before, (a, stop)])))
+            path.append((a, b, end))
+        return tuple(found)
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """Tokens of the longest path."""
+        return max(sum(b - a for a, b in path) for _, path in self.blocks)
 
     def to(self, device: torch.device | str) -> Tree:
         """The same tree with `end` on `device`."""
@@ -92,7 +127,12 @@ def tree_attention(
         return _dense(query, key, value, tree, scale, dropout, soft_cap)
     if query.device.type != "cpu":
         return _flex(query, key, value, tree, scale)
-    out: Tensor = _Segmented.apply(query, key, value, tree.segments, scale)  # type: ignore[no-untyped-call]
+    blocked = tree.longest <= LONGEST and query.dtype == wide(query.dtype)
+    out: Tensor = (  # type: ignore[no-untyped-call]
+        _Blocked.apply(query, key, value, tree.blocks, scale)
+        if blocked
+        else _Segmented.apply(query, key, value, tree.segments, scale)
+    )
     return out
 
 
@@ -126,6 +166,80 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale: float) -
     return out.squeeze(0)
 
 
+class _Blocked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, blocks: tuple[Block, ...], scale: float
+    ) -> Tensor:
+        out, o = _token_major(query, key.shape[0])
+        q = query.view(o.shape)
+        for rows, path in blocks:
+            _, _, p = _probabilities(q, key, rows, path, scale)
+            o[:, :, slice(*rows)] = (p @ _along(value, path)).view(*o.shape[:2], -1, o.shape[3])
+        ctx.save_for_backward(query, key, value)
+        ctx.rest = blocks, scale  # type: ignore[attr-defined]
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value = ctx.saved_tensors
+        blocks, scale = ctx.rest
+        to_query, gq = _token_major(query, key.shape[0])
+        to_key, to_value = torch.zeros_like(key), torch.zeros_like(value)
+        q, g = query.view(gq.shape), grad.view(gq.shape)
+        for rows, path in blocks:
+            own, k, p = _probabilities(q, key, rows, path, scale)
+            go = g[:, :, slice(*rows)].reshape(own.shape)
+            gs = torch._softmax_backward_data(go @ _along(value, path).mT, p, -1, p.dtype)
+            gq[:, :, slice(*rows)] = (gs @ k).mul_(scale).view(*gq.shape[:2], -1, gq.shape[3])
+            gk, gv, at = gs.mT @ own, p.mT @ go, 0
+            for a, b in path:
+                to_key[:, a:b] += gk[:, at : at + b - a]
+                to_value[:, a:b] += gv[:, at : at + b - a]
+                at += b - a
+        return to_query, to_key, to_value, None, None
+
+
+def _probabilities(q: Tensor, key: Tensor, rows: Span, path: tuple[Span, ...], scale: float) -> tuple[Tensor, ...]:
+    """Of a block: its queries [key_heads, groups · rows, width] times the scale, its keys, and the softmax of both."""
+    own = (q[:, :, slice(*rows)] * scale).reshape(key.shape[0], -1, key.shape[2])
+    k = _along(key, path)
+    scores = own @ k.mT
+    size = rows[1] - rows[0]
+    scores.view(*q.shape[:2], size, -1)[..., -size:] += _later(size, q.dtype)
+    return own, k, scores.softmax(-1)
+
+
+def _along(t: Tensor, path: tuple[Span, ...]) -> Tensor:
+    """The tokens of a path. t: [key_heads, N, width]."""
+    return t[:, slice(*path[0])] if len(path) == 1 else torch.cat([t[:, a:b] for a, b in path], 1)
+
+
+@functools.lru_cache(ROWS)
+def _later(size: int, dtype: torch.dtype) -> Tensor:
+    """[size, size]: minus infinity for what comes after its row, else zero."""
+    return torch.full((size, size), -torch.inf, dtype=dtype).triu_(1)
+
+
+def _joined(spans: Sequence[Span]) -> tuple[Span, ...]:
+    """The same tokens in as few spans as may be."""
+    joined: list[Span] = []
+    for a, b in spans:
+        if joined and joined[-1][1] == a:
+            joined[-1] = joined[-1][0], b
+        else:
+            joined.append((a, b))
+    return tuple(joined)
+
+
+def _token_major(query: Tensor, key_heads: int) -> tuple[Tensor, Tensor]:
+    """An empty [heads, N, width], laid out as the projection after attention reads it, and by key head."""
+    heads, tokens, width = query.shape
+    out = query.new_empty(tokens, heads, width).transpose(0, 1)
+    return out, out.view(key_heads, heads // key_heads, tokens, width)
+
+
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -138,9 +252,8 @@ class _Segmented(torch.autograd.Function):
         ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, segments: tuple[Segment, ...], scale: float
     ) -> Tensor:
         q, k, v = _grouped(query, key, value)  # [key_heads, groups, N, width]
-        # [N, heads, width] in memory, as the projection after attention reads it.
-        out = query.new_empty(query.shape[1], query.shape[0], query.shape[2]).transpose(0, 1)
-        o, log_sum = out.view(q.shape), q.new_empty(q.shape[:3], dtype=wide(q.dtype))
+        out, o = _token_major(query, key.shape[0])
+        log_sum = q.new_empty(q.shape[:3], dtype=wide(q.dtype))
         for a, b, _ in segments:
             own = slice(a, b)
             o[:, :, own], log_sum[:, :, own] = _forward(

@@ -125,6 +125,10 @@ def _sums(model: Any, batch: Batch, examples: Sequence[Example]) -> list[float]:
     terms = {term: i for i, term in enumerate(zip(batch.predictors.tolist(), batch.targets.tolist(), strict=True))}
     nats = term_nats(model, batch.to(device_of(model))).tolist()
     return [
-        -sum(nats[terms[places[i - 1], example.input_ids[i]]] for i in range(1, len(places)) if example.supervised[i])
+        -sum(
+            nats[terms[places[i - 1], token]]
+            for i, (token, scored) in enumerate(zip(example.input_ids, example.supervised, strict=True))
+            if scored and i
+        )
         for example, places in zip(examples, batch.places, strict=True)
     ]
