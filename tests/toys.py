@@ -183,6 +183,7 @@ def _build(name: str) -> Any:
         "llama-tied": lambda: t.LlamaForCausalLM(t.LlamaConfig(**decoder, tie_word_embeddings=True)),
         "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**decoder)),
         "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**decoder, head_dim=4)),
+        "gemma2": lambda: t.Gemma2ForCausalLM(t.Gemma2Config(**decoder, head_dim=4, query_pre_attn_scalar=4)),
         "gpt2": lambda: t.GPT2LMHeadModel(
             t.GPT2Config(vocab_size=48, n_positions=64, n_embd=16, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
         ),

@@ -16,7 +16,7 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("activation", [F.silu, F.gelu, F.relu, torch.tanh])
+@pytest.mark.parametrize("activation", [F.silu, torch.nn.SiLU(), F.gelu, F.relu, torch.tanh, torch.nn.Identity()])
 def test_gradients_agree_with_finite_differences(activation) -> None:
     g, u = drawn(3, 4).requires_grad_(), drawn(3, 4, seed=1).requires_grad_()
     assert torch.autograd.gradcheck(lambda g, u: gated(g, u, activation), (g, u))

@@ -144,8 +144,7 @@ def test_only_inputs_and_the_result_are_kept(path_taken: str) -> None:
 
 def test_blocks_hold_every_row_once_and_its_path() -> None:
     tree = Tree.of(ends([-1, 0, 1, 1, 3, -1, 5]))
-    rows = [list(range(*own)) for own, _ in tree.blocks]
-    assert sum(rows, []) == list(range(7))
+    assert [row for own, _ in tree.blocks for row in range(*own)] == list(range(7))
     mask = tree.mask()
     for own, path in tree.blocks:
         assert [j for a, b in path for j in range(a, b)] == [j for j in range(7) if mask[own[1] - 1, j]]

@@ -26,7 +26,8 @@ class Batch:
     input_ids, position_ids: [rows, length] int64. attention_mask: [rows, length] int64, 1 on real tokens, of a padded
     batch. tree: the shape of a packed row, which says what each token attends to.
     predictors, targets: [terms] int64, and weights: [terms] fp32: the terms of the loss. Position `predictors[t]` of
-    the flattened tokens predicts `targets[t]`; a position of a tree may predict several.
+    the flattened tokens predicts `targets[t]`; a position of a tree may predict several. read: [n] int64, the
+    positions that predict something, each once.
     examples: the row numbers of the examples in their files. real_tokens: the examples' tokens, without padding and
     each counted though a tree may compute it once. supervised_tokens: the sum of the weights, which is what a mean
     loss divides by. places: for each example, where its tokens stand among the flattened ones; those behind its last
@@ -40,6 +41,7 @@ class Batch:
     predictors: Tensor
     targets: Tensor
     weights: Tensor
+    read: Tensor
     examples: tuple[int, ...]
     real_tokens: int
     supervised_tokens: int
@@ -110,10 +112,11 @@ def add_terms(terms: dict[Term, int], example: Example, places: Sequence[int]) -
             terms[term] = terms.get(term, 0) + 1
 
 
-def term_tensors(terms: dict[Term, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """(predictors, targets, weights) of a batch."""
+def term_tensors(terms: dict[Term, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(predictors, targets, weights, read) of a batch."""
     found = torch.tensor([*terms], dtype=torch.int64).view(-1, 2)
-    return found[:, 0].contiguous(), found[:, 1].contiguous(), torch.tensor([*terms.values()], dtype=torch.float32)
+    predictors, weights = found[:, 0].contiguous(), torch.tensor([*terms.values()], dtype=torch.float32)
+    return predictors, found[:, 1].contiguous(), weights, torch.unique(predictors)
 
 
 def need_some(examples: Sequence[Example]) -> None:

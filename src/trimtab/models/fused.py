@@ -1,25 +1,34 @@
-"""Modules that are computed with less memory, chosen by what they compute.
+"""Parts of a model that are computed in fewer steps and with less memory, chosen by what they compute.
 
-A module is taken only when it gives, on random inputs, what the fused form gives; it keeps its class, parameters and
-hooks and gets a forward of ours for the time of a block.
+A part is taken only when it gives, on random inputs, what the leaner form gives. A module keeps its class, parameters
+and hooks and gets a forward of ours for the time of a block; a function of transformers' is replaced in the file of the
+model that calls it.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trimtab.adapt.module import subclass
+from trimtab.adapt.module import Adapted, modes_kept, subclass
 from trimtab.deltas.layout import original_class
-from trimtab.ops.gated import gated
+from trimtab.ops.gated import Activation, gated
+from trimtab.ops.rms_norm import rms_norm
+from trimtab.ops.rotary import rotate
 
 GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
 """The children of a gated feed-forward layer, as transformers' models name them."""
+EPSILONS = ("variance_epsilon", "eps")
+"""What transformers' models call the ε of a norm."""
+ROTARY = "apply_rotary_pos_emb"
+"""The function by which transformers' models rotate queries and keys."""
 
 
 class GatedLayer:
@@ -27,47 +36,144 @@ class GatedLayer:
 
     def forward(self, x: Tensor) -> Tensor:
         own = cast("Any", self)
-        h: Tensor = own.down_proj(gated(own.gate_proj(x), own.up_proj(x), own.act_fn))
+        h: Tensor = own.down_proj(gated(own.gate_proj(x), own.up_proj(x), self.activation()))
         return h
+
+    def activation(self) -> Activation:
+        """act."""
+        act: Activation = cast("Any", self).act_fn
+        return act
+
+
+class SwiGLULayer(GatedLayer):
+    """The same with SiLU, whatever class the model has it in."""
+
+    def activation(self) -> Activation:
+        return F.silu
+
+
+class RMSNormLayer:
+    """Mixed in before a module that computes (w₀ + w) ⊙ x / √(mean(x²) + ε)."""
+
+    offset: ClassVar[float] = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = cast("Tensor", cast("Any", self).weight)
+        if weight.requires_grad:  # trained along with the adapter
+            y: Tensor = super().forward(x)  # type: ignore[misc]
+            return y
+        return rms_norm(x, weight, _epsilon(cast("nn.Module", self)), self.offset)
+
+
+class RMSNormLayerFromOne(RMSNormLayer):
+    """The same with w₀ = 1, as Gemma has it."""
+
+    offset = 1.0
+
+
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    """Queries and keys rotated, as transformers' function of the signature does."""
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return rotate(q, cos, sin), rotate(k, cos, sin)
 
 
 @contextmanager
 def fused(model: nn.Module) -> Iterator[int]:
-    """Within the block the model's gated layers keep less for backward. Gives their number."""
-    verdicts: dict[tuple[type, type], bool] = {}
+    """Within the block parts of the model take fewer steps. Gives the number of modules taken."""
+    verdicts: dict[Any, type | None] = {}
     changed: list[nn.Module] = []
+    replaced: list[tuple[Any, Any]] = []
     try:
         for module in model.modules():
-            if _looks_gated(module):
-                kind = type(module), original_class(module.act_fn)  # type: ignore[arg-type]
-                if kind not in verdicts:
-                    verdicts[kind] = _computes_it(module)
-                if verdicts[kind]:
-                    module.__class__ = subclass(type(module), GatedLayer)
-                    changed.append(module)
+            mixin = _form_of(module, verdicts)
+            if mixin is not None:
+                module.__class__ = subclass(type(module), mixin)
+                changed.append(module)
+        dtype = next((p.dtype for p in model.parameters()), torch.float32)
+        for name in {original_class(module).__module__ for module in model.modules()}:
+            own = getattr(sys.modules.get(name), ROTARY, None)
+            if own is not None and own is not rotary and _rotates_by_halves(own, dtype):
+                setattr(sys.modules[name], ROTARY, rotary)
+                replaced.append((sys.modules[name], own))
         yield len(changed)
     finally:
+        for file, own in replaced:
+            setattr(file, ROTARY, own)
         for module in changed:
             module.__class__ = cast("Any", type(module)).original_class
 
 
+def _form_of(module: nn.Module, verdicts: dict[Any, type | None]) -> type | None:
+    """The mixin that computes what the module computes; None if there is none. Asked once for each class."""
+    if isinstance(module, GatedLayer | RMSNormLayer):
+        return None
+    forms: tuple[type, ...] = ()
+    kind: Any = type(module)
+    if _looks_gated(module):
+        forms, kind = (SwiGLULayer, GatedLayer), (kind, original_class(cast("nn.Module", module.act_fn)))
+    elif _looks_like_a_norm(module):
+        forms = (RMSNormLayer, RMSNormLayerFromOne)
+    if forms and kind not in verdicts:
+        verdicts[kind] = next((form for form in forms if _computes(module, form)), None)
+    return verdicts.get(kind)
+
+
 def _looks_gated(module: nn.Module) -> bool:
-    if not all(hasattr(module, name) for name in GATED) or isinstance(module, GatedLayer):
+    if not all(hasattr(module, name) for name in GATED) or not _takes_one(module):
         return False
-    takes = list(inspect.signature(type(module).forward).parameters)
     projections = [isinstance(getattr(module, name), nn.Linear) for name in GATED[:3]]
-    return len(takes) == 2 and all(projections) and not any(True for _ in cast("nn.Module", module.act_fn).parameters())
+    return all(projections) and not any(True for _ in cast("nn.Module", module.act_fn).parameters())
+
+
+def _looks_like_a_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    alone = isinstance(weight, nn.Parameter) and weight.dim() == 1 and len(module._parameters) == 1
+    bare = not module._modules and not module._buffers and not isinstance(module, Adapted)
+    return alone and bare and any(isinstance(getattr(module, e, None), float) for e in EPSILONS) and _takes_one(module)
+
+
+def _takes_one(module: nn.Module) -> bool:
+    return len(inspect.signature(type(module).forward).parameters) == 2
+
+
+def _epsilon(module: nn.Module) -> float:
+    return cast("float", next(getattr(module, name) for name in EPSILONS if hasattr(module, name)))
 
 
 @torch.no_grad()
-def _computes_it(module: nn.Module) -> bool:
-    weight = cast("Tensor", cast("nn.Module", module.gate_proj).weight)
+def _computes(module: nn.Module, form: type) -> bool:
+    like = next(module.parameters())
     draw = torch.Generator().manual_seed(0)
-    x = torch.randn(2, weight.shape[1], generator=draw).to(weight)
-    mode = module.training
-    module.eval()  # no dropout in the way
-    try:
-        own, ours = module(x), GatedLayer.forward(cast("Any", module), x)
-    finally:
-        module.train(mode)
-    return bool(torch.equal(own, ours))
+    # Of three sizes, so that an ε shows.
+    x = (torch.randn(3, like.shape[-1], generator=draw) * torch.tensor([[1.0], [1e-1], [1e-3]])).to(like)
+    kind, trained = type(module), like.requires_grad
+    with modes_kept(module):
+        module.eval()  # no dropout in the way
+        like.requires_grad_(False)
+        try:
+            own = module(x)
+            module.__class__ = subclass(kind, form)
+            return _same(own, module(x))
+        finally:
+            module.__class__ = kind
+            like.requires_grad_(trained)
+
+
+@torch.no_grad()
+def _rotates_by_halves(own: Any, dtype: torch.dtype) -> bool:
+    if list(inspect.signature(own).parameters) != list(inspect.signature(rotary).parameters):
+        return False
+    draw = torch.Generator().manual_seed(0)
+    shapes = (1, 4, 3, 8), (1, 2, 3, 8), (1, 3, 8), (1, 3, 8)
+    q, k, cos, sin = (torch.randn(shape, generator=draw).to(dtype) for shape in shapes)
+    return all(_same(a, b) for a, b in zip(own(q, k, cos, sin), rotary(q, k, cos, sin), strict=True))
+
+
+def _same(own: Any, ours: Tensor) -> bool:
+    """Whether two results differ by the order of rounding at most."""
+    if not isinstance(own, Tensor) or own.dtype != ours.dtype or own.shape != ours.shape:
+        return False
+    few = 4 * torch.finfo(ours.dtype).eps
+    if not bool(own.isfinite().all()):
+        return False
+    return torch.allclose(own, ours, rtol=few, atol=few * float(own.abs().max()))

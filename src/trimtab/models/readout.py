@@ -6,7 +6,9 @@ is computed from h, and logits exist for a few rows at a time only. Whether it h
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from trimtab.adapt.module import Adapted, modes_kept
 from trimtab.deltas.layout import original_class
 from trimtab.errors import ran_out_of_memory
+from trimtab.models.last_layer import FEW, at_positions, last_feed_forward, recomputes
 from trimtab.ops.cross_entropy import head_cross_entropy, linear_cross_entropy, token_nats
 
 log = logging.getLogger("trimtab")
@@ -28,16 +31,26 @@ DIVISORS = ("logits_scaling",)
 
 @dataclass(frozen=True)
 class Readout:
-    """A model's backbone and head, and what it does to its logits."""
+    """A model's backbone and head, and what it does to its logits.
+
+    last: the feed-forward of its last layer, where that works on each position by itself.
+    """
 
     backbone: nn.Module
     head: nn.Module
     scale: float
     soft_cap: float | None
+    last: nn.Module | None
 
-    def hidden(self, **inputs: Any) -> Tensor:
-        """The last hidden state, [rows, length, d]."""
-        states: Tensor = self.backbone(**inputs, use_cache=False).last_hidden_state
+    def hidden(self, positions: Tensor | None = None, **inputs: Any) -> Tensor:
+        """The last hidden state, [rows, length, d].
+
+        positions: [n] of the flattened tokens, no two equal, where it is read; elsewhere it may be anything.
+        """
+        tokens = inputs["input_ids"].numel()
+        few = positions is not None and len(positions) <= FEW * tokens and not recomputes(self.backbone)
+        with at_positions(self.last, positions) if self.last is not None and few else nullcontext():  # type: ignore[arg-type]
+            states: Tensor = self.backbone(**inputs, use_cache=False).last_hidden_state
         return states
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -72,6 +85,8 @@ def readout_of(model: nn.Module) -> Readout | None:
     if model not in _KNOWN or replaced:
         found = _candidate(model)
         why = "its head was not found" if found is None else _difference(model, found)
+        if found is not None and why is None and not _last_by_position(model, found):
+            found = dataclasses.replace(found, last=None)
         if why is not None:
             log.warning("%s: %s, so the loss is computed from all logits", original_class(model).__name__, why)
         _KNOWN[model] = found if why is None else None
@@ -91,7 +106,8 @@ def _candidate(model: Any) -> Readout | None:
         scale *= getattr(config, name, None) or 1.0
     for name in DIVISORS:
         scale /= getattr(config, name, None) or 1.0
-    return Readout(backbone, head, scale, getattr(config, "final_logit_softcapping", None))
+    cap = getattr(config, "final_logit_softcapping", None)
+    return Readout(backbone, head, scale, cap, last_feed_forward(backbone))
 
 
 @torch.no_grad()
@@ -110,3 +126,19 @@ def _difference(model: nn.Module, readout: Readout) -> str | None:
     if own.shape == ours.shape and (own - ours).norm() <= 1e-2 * own.norm():
         return None
     return "its logits are not its head's"
+
+
+@torch.no_grad()
+def _last_by_position(model: nn.Module, readout: Readout) -> bool:
+    """Whether the last feed-forward, asked for one position alone, leaves what is read there as it was."""
+    device = next(model.parameters()).device
+    ids, position = torch.tensor([[1, 2, 3]], device=device), torch.tensor([1], device=device)
+    with modes_kept(model):
+        model.eval()
+        try:
+            whole, alone = (readout.hidden(p, input_ids=ids)[0, 1].float() for p in (None, position))
+        except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            if ran_out_of_memory(error):
+                raise
+            return False
+    return bool((whole - alone).norm() <= 1e-2 * whole.norm())

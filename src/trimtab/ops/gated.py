@@ -2,7 +2,11 @@
 
 Autograd keeps act(g) and, for the projection behind it, h itself: two more tensors of the widest size in a model. Both
 are elementwise functions of g and u, so they are computed again in backward. The result says what it was made of
-(`parts_of`), so that `lora_linear` can keep the parts in its place.
+(`parts_of`), so that `lora_linear` can keep the parts in its place; what that computes again serves both. For SiLU,
+
+    act(g) = g σ(g)        act′(g) = σ(g) (1 + g − act(g))
+
+so that one exponential gives the value and the slope.
 """
 
 from __future__ import annotations
@@ -11,22 +15,44 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 Activation = Callable[[Tensor], Tensor]
-Parts = tuple[Activation, Tensor, Tensor]
-"""(act, g, u) of a gated activation."""
 
 _PARTS = "_trimtab_parts"
+
+
+class Recipe:
+    """How one gated activation is made again: `activation`, and what the first of its users has computed already."""
+
+    def __init__(self, activation: Activation) -> None:
+        self.activation = activation
+        self._computed: tuple[Tensor, Tensor] | None = None
+
+    def made(self, gate: Tensor, up: Tensor) -> Tensor:
+        """h again; the gradient through it is to follow."""
+        self._computed = _with_slope(self.activation, gate)
+        return self._computed[0] * up
+
+    def value_and_slope(self, gate: Tensor) -> tuple[Tensor, Tensor]:
+        """act(g) and act′(g), to be written over."""
+        found, self._computed = self._computed or _with_slope(self.activation, gate), None
+        return found
+
+
+Parts = tuple[Recipe, Tensor, Tensor]
+"""How a gated activation is made again, g and u."""
 
 
 def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
     """activation(gate) ⊙ up. gate, up: of one shape; activation: elementwise, without parameters."""
     assert gate.shape == up.shape, (gate.shape, up.shape)
-    h: Tensor = _Gated.apply(gate, up, activation)  # type: ignore[no-untyped-call]
+    recipe = Recipe(activation)
+    h: Tensor = _Gated.apply(gate, up, recipe)  # type: ignore[no-untyped-call]
     if torch.is_grad_enabled():
-        setattr(h, _PARTS, (activation, gate, up))
+        setattr(h, _PARTS, (recipe, gate, up))
     return h
 
 
@@ -36,25 +62,29 @@ def parts_of(h: Tensor) -> Parts | None:
     return found
 
 
-def made_of(parts: Parts) -> Tensor:
-    """h again."""
-    activation, gate, up = parts
-    return activation(gate).mul_(up)
-
-
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    def forward(ctx: FunctionCtx, gate: Tensor, up: Tensor, recipe: Recipe) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.activation = activation  # type: ignore[attr-defined]
-        return made_of((activation, gate, up))
+        ctx.recipe = recipe  # type: ignore[attr-defined]
+        active = recipe.activation(gate)
+        return active * up if active.data_ptr() == gate.data_ptr() else active.mul_(up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
-        with torch.enable_grad():
-            own = gate.detach().requires_grad_()
-            active = ctx.activation(own)
-        (to_gate,) = torch.autograd.grad(active, own, grad * up)
-        return to_gate, active.detach().mul_(grad), None
+        active, slope = ctx.recipe.value_and_slope(gate)
+        return slope.mul_(grad).mul_(up), active.mul_(grad), None
+
+
+def _with_slope(activation: Activation, gate: Tensor) -> tuple[Tensor, Tensor]:
+    if activation is F.silu or isinstance(activation, nn.SiLU):
+        sigmoid = torch.sigmoid(gate)
+        active = sigmoid * gate
+        return active, sigmoid.mul_((gate - active).add_(1.0))
+    with torch.enable_grad():
+        own = gate.detach().requires_grad_()
+        active = activation(own)
+    (slope,) = torch.autograd.grad(active, own, torch.ones_like(active))
+    return active.detach() if active is not own else gate.clone(), slope

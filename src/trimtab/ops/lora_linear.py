@@ -1,4 +1,4 @@
-"""A frozen linear map and a low-rank change of it, as one step of autograd.
+"""Frozen linear maps and low-rank changes of them, as one step of autograd.
 
     y = x Wᵀ + b + s (x Aᵀ) Bᵀ
 
@@ -9,19 +9,41 @@ gradient. Gradients are bracketed through the rank side:
 
     G = s gᵧ B        gₓ = gᵧ W + G A        g_A = Gᵀ x        g_B = s gᵧᵀ (x Aᵀ)
 
+Projections of one x are computed together within `sharing_inputs`: their A stand below one another, so that one
+product serves all of them, and their parts of gₓ are added up in place.
+
 With dropout, A reads x ⊙ m / (1 - p): the mask m is drawn from a seed, and drawn again in backward instead of kept.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from trimtab.ops.gated import Activation, made_of, parts_of
+from trimtab.ops.gated import Recipe, parts_of
+
+
+class Projection(NamedTuple):
+    """W, b, A, B and s of one projection."""
+
+    weight: Tensor
+    bias: Tensor | None
+    A: Tensor
+    B: Tensor
+    scale: float
+
+    def is_that(self, other: Projection) -> bool:
+        """Whether both are the same tensors; a weight may be another view of the same memory."""
+        (W, *rest), (W2, *rest2) = self, other
+        same_view = W.data_ptr() == W2.data_ptr() and W.shape == W2.shape and W.stride() == W2.stride()
+        return same_view and all(a is b for a, b in zip(rest[:-1], rest2[:-1], strict=True)) and rest[-1] == rest2[-1]
 
 
 def lora_linear(
@@ -36,61 +58,155 @@ def lora_linear(
     rank, features = A.shape
     assert x.shape[-1] == features == weight.shape[1], (x.shape, A.shape, weight.shape)
     assert B.shape == (weight.shape[0], rank), (B.shape, weight.shape)
+    own = Projection(weight, bias, A, B, scale)
+    shared = None if torch.compiler.is_compiling() else _shared.get()
+    if shared is not None and not dropout:
+        return shared.project(x, own)
+    return lora_linears(x, [own], dropout)[0]
+
+
+def lora_linears(x: Tensor, projections: Sequence[Projection], dropout: float = 0.0) -> tuple[Tensor, ...]:
+    """`lora_linear` of every projection of x. dropout: one mask for all of them."""
     seed = int(torch.randint(2**62, ()).item()) if dropout else 0  # on the CPU: no device is waited for
-    activation, *made = parts_of(x) or (None,)
-    y: Tensor = _LoRALinear.apply(x, weight, bias, A, B, scale, dropout, seed, activation, *made)  # type: ignore[no-untyped-call]
+    recipe, *made = parts_of(x) or (None,)
+    scales = tuple(p.scale for p in projections)
+    tensors = [t for p in projections for t in p[:4]]
+    y: tuple[Tensor, ...] = _LoRALinears.apply(x, scales, dropout, seed, recipe, *made, *tensors)  # type: ignore[no-untyped-call]
     return y
 
 
-class _LoRALinear(torch.autograd.Function):
+class SharedInputs:
+    """Which projections read the same input: learned in one pass, used in all that follow.
+
+    What was learned is a guess: a projection takes a result made beforehand only when it is called with the very
+    tensors that result was made of. Learning stops with the first pass, so that all others round alike.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, list[Projection]] = {}  # by the first one's A: it, and those that read its input too
+        self._learns = True
+        self._input: tuple[Tensor, int] | None = None
+        self._group: list[Projection] = []
+        self._made: list[tuple[Projection, Tensor]] = []
+
+    def project(self, x: Tensor, own: Projection) -> Tensor:
+        """The projection of x; those that are known to follow it are made along with it."""
+        again = self._input is not None and self._input[0] is x and self._input[1] == x._version
+        if self._learns:
+            self._group = [*(self._group if again else ()), own]
+            self._known[id(self._group[0].A)] = self._group
+            self._input = x, x._version
+            return lora_linears(x, [own])[0]
+        for at, (projection, y) in enumerate(self._made if again else ()):
+            if own.is_that(projection):
+                del self._made[at]
+                return y
+        known = self._known.get(id(own.A), [own])
+        group = [own, *known[1:]] if own.is_that(known[0]) else [own]
+        y, *others = lora_linears(x, group)
+        self._input, self._made = (x, x._version), list(zip(group[1:], others, strict=True))
+        return y
+
+    def end_pass(self) -> None:
+        """Let go of the pass's tensors; the first pass has taught what there is to know."""
+        self._learns, self._input, self._group, self._made = False, None, [], []
+
+
+_shared: ContextVar[SharedInputs | None] = ContextVar("shared", default=None)
+
+
+@contextmanager
+def sharing_inputs(shared: SharedInputs) -> Iterator[None]:
+    """Within the block, one forward and backward pass, projections of one input are computed together."""
+    token = _shared.set(shared)
+    try:
+        yield
+    finally:
+        _shared.reset(token)
+        shared.end_pass()
+
+
+class _LoRALinears(torch.autograd.Function):
+    """Tensors: x's parts or none, then W, b, A, B of each projection."""
+
     @staticmethod
     def forward(
         ctx: FunctionCtx,
         x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        scale: float,
+        scales: tuple[float, ...],
         dropout: float,
         seed: int,
-        activation: Activation | None,
-        *made: Tensor,
-    ) -> Tensor:
-        ctx.save_for_backward(weight, A, B, *(made or (x,)))
-        ctx.rest = scale, dropout, seed, activation  # type: ignore[attr-defined]
+        recipe: Recipe | None,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        projections = _by_four(tensors[-4 * len(scales) :])
+        ctx.save_for_backward(*tensors, *([] if recipe else [x]))
+        ctx.set_materialize_grads(False)
+        ctx.rest = scales, dropout, seed, recipe  # type: ignore[attr-defined]
         rows = x.reshape(-1, x.shape[-1])
-        y = F.linear(rows, weight, bias)
-        y.addmm_(_dropped(rows, dropout, seed) @ A.to(x.dtype).T, B.to(x.dtype).T, alpha=scale)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        H = _dropped(rows, dropout, seed) @ _stacked(projections, x.dtype).T  # [N, Σ r]
+        found = []
+        for (weight, bias, _, B), h, scale in zip(projections, _columns(H, projections), scales, strict=True):
+            y = F.linear(rows, weight, bias)
+            y.addmm_(h, B.to(x.dtype).T, alpha=scale)
+            found.append(y.view(*x.shape[:-1], y.shape[-1]))
+        return tuple(found)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, A, B, *kept = ctx.saved_tensors
-        scale, dropout, seed, activation = ctx.rest
-        x = made_of((activation, *kept)) if activation else kept[0]
-        rows, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])  # [N, in], [N, out]
-        a, b = A.to(x.dtype), B.to(x.dtype)
-        G = (g @ b).mul_(scale)  # [N, r]
-        gx = gW = gb = gA = gB = None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        scales, dropout, seed, recipe = ctx.rest
+        tensors = ctx.saved_tensors
+        found: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        x = recipe.made(*tensors[:2]) if recipe else tensors[-1]
+        end = len(tensors) - (0 if recipe else 1)
+        reached = [i for i, grad in enumerate(grads) if grad is not None]
+        if not reached:
+            return tuple(found)
+        every = _by_four(tensors[end - 4 * len(scales) : end])
+        projections = [every[i] for i in reached]
+        g = [grad.reshape(-1, grad.shape[-1]) for grad in grads if grad is not None]  # [N, out] each
+        rows = x.reshape(-1, x.shape[-1])
+        dropped, a = _dropped(rows, dropout, seed), _stacked(projections, x.dtype)
+        G = torch.cat(  # [N, Σ r]
+            [(g_i @ B.to(x.dtype)).mul_(scales[i]) for g_i, i, (*_, B) in zip(g, reached, projections, strict=True)], 1
+        )
+        gx = None
         if ctx.needs_input_grad[0]:
-            gx = g @ weight
+            gx = g[0] @ projections[0][0]
+            for g_i, (weight, *_) in zip(g[1:], projections[1:], strict=True):
+                gx.addmm_(g_i, weight)
             if dropout:
                 gx += _dropped(G @ a, dropout, seed)
             else:
                 gx.addmm_(G, a)
             gx = gx.view(x.shape)
-        if ctx.needs_input_grad[1]:
-            gW = g.T @ rows
-        if ctx.needs_input_grad[2]:
-            gb = g.sum(0)
-        dropped = _dropped(rows, dropout, seed)
-        if ctx.needs_input_grad[3]:
-            gA = (G.T @ dropped).to(A.dtype)
-        if ctx.needs_input_grad[4]:
-            gB = (g.T @ (dropped @ a.T).mul_(scale)).to(B.dtype)
-        return gx, gW, gb, gA, gB, *[None] * (len(ctx.needs_input_grad) - 5)
+        gA = torch.split(G.T @ dropped, [A.shape[0] for _, _, A, _ in projections])
+        H = _columns(dropped @ a.T, projections)  # [N, r] each
+        for i, g_i, gA_i, H_i, (_, _, A, B) in zip(reached, g, gA, H, projections, strict=True):
+            at = len(found) - 4 * (len(scales) - i)
+            if ctx.needs_input_grad[at]:
+                found[at] = g_i.T @ rows
+            if ctx.needs_input_grad[at + 1]:
+                found[at + 1] = g_i.sum(0)
+            found[at + 2] = gA_i.to(A.dtype)
+            found[at + 3] = (g_i.T @ H_i).mul_(scales[i]).to(B.dtype)
+        return gx, *found[1:]
+
+
+def _by_four(tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    return [tuple(tensors[at : at + 4]) for at in range(0, len(tensors), 4)]
+
+
+def _stacked(projections: Sequence[tuple[Tensor, ...]], dtype: torch.dtype) -> Tensor:
+    """Their A below one another, [Σ r, in]."""
+    each = [A.to(dtype) for _, _, A, _ in projections]
+    return each[0] if len(each) == 1 else torch.cat(each)
+
+
+def _columns(H: Tensor, projections: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Each projection's columns of H, [N, r]."""
+    return torch.split(H, [A.shape[0] for _, _, A, _ in projections], 1)
 
 
 def _dropped(x: Tensor, p: float, seed: int) -> Tensor:

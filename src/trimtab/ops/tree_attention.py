@@ -127,12 +127,11 @@ def tree_attention(
         return _dense(query, key, value, tree, scale, dropout, soft_cap)
     if query.device.type != "cpu":
         return _flex(query, key, value, tree, scale)
-    blocked = tree.longest <= LONGEST and query.dtype == wide(query.dtype)
-    out: Tensor = (  # type: ignore[no-untyped-call]
-        _Blocked.apply(query, key, value, tree.blocks, scale)
-        if blocked
-        else _Segmented.apply(query, key, value, tree.segments, scale)
-    )
+    out: Tensor
+    if tree.longest <= LONGEST and query.dtype == wide(query.dtype):
+        out = _Blocked.apply(query, key, value, tree.blocks, scale)  # type: ignore[no-untyped-call]
+    else:
+        out = _Segmented.apply(query, key, value, tree.segments, scale)  # type: ignore[no-untyped-call]
     return out
 
 

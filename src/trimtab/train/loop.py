@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trimtab.adapt.adapter import Adapter, state_of
+from trimtab.adapt.module import modes_kept
 from trimtab.data.batch import Batch
 from trimtab.data.encode import Example
 from trimtab.errors import UsageError, problems_to_error
 from trimtab.models.fused import fused
+from trimtab.ops.lora_linear import SharedInputs, sharing_inputs
 from trimtab.train.checkpoint import (
     Progress,
     clear_partial,
@@ -144,7 +146,7 @@ def fit(
     parameters, optimizer = adapter.parameters(), _optimizer(adapter, plan.base_lr, settings)
     identity = run_identity(adapter, settings, examples, eval_examples)
 
-    with _set_up(model, settings, packing), between_steps(out is not None) as wish:
+    with _set_up(model, settings, packing, loss, examples[0]) as shared, between_steps(out is not None) as wish:
         progress = _resumed(out, adapter, optimizer, identity) if resume else Progress()
         good, eval_loss, clock = LastGood(adapter, progress.step), progress.eval_loss, Clock(progress.seconds)
         if evaluation and progress.step == 0:
@@ -156,8 +158,10 @@ def fit(
                 parts = micro_batches(examples, chosen, settings, packing, pad_id)
                 supervised = sum(batch.supervised_tokens for batch in parts)
 
-                step_loss = _backward(model, parts, supervised, loss)
-                norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip or math.inf).item()
+                total = _backward(model, parts, supervised, loss, shared)
+                total_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip or math.inf)
+                # Read together: the one place where the step waits for the model's device.
+                step_loss, norm = torch.stack([total, total_norm.to(total)]).tolist()
                 if not math.isfinite(step_loss + norm):
                     raise good.error(not_finite(step, step_loss, norm, [examples[i].row for i in chosen]), out)
                 good.keep(step - 1)
@@ -193,20 +197,35 @@ def fit(
 
 
 @contextmanager
-def _set_up(model: nn.Module, settings: Settings, packing: Packing) -> Iterator[None]:
-    """The model as training needs it: its mode, leaner layers, attention that takes the batches."""
+def _set_up(
+    model: nn.Module, settings: Settings, packing: Packing, loss: Loss, example: Example
+) -> Iterator[SharedInputs]:
+    """The model as training needs it: its mode, leaner layers, attention that takes the batches.
+
+    Gives what its projections share, learned on the first tokens of an example; nothing with a loss of one's own,
+    which is called for training steps alone.
+    """
     with training_mode(model, settings), fused(model), packing.on(model), memory_advice(settings):
-        yield
+        shared = SharedInputs()
+        with sharing_inputs(shared):
+            if loss is causal_loss:
+                few = dataclasses.replace(example, input_ids=example.input_ids[:8], supervised=example.supervised[:8])
+                with torch.no_grad(), modes_kept(model):
+                    model.eval()
+                    loss(model, packing.build([few], 0).to(next(model.parameters()).device))
+        yield shared
 
 
-def _backward(model: nn.Module, parts: Sequence[Batch], supervised: int, loss: Loss) -> float:
+def _backward(model: nn.Module, parts: Sequence[Batch], supervised: int, loss: Loss, shared: SharedInputs) -> Tensor:
     """Add up the gradients of a step's batches. Returns its loss, the mean over its supervised tokens."""
-    device, total = next(model.parameters()).device, 0.0
+    device = next(model.parameters()).device
+    losses = []
     for batch in parts:
-        part = loss(model, batch.to(device)) / supervised
-        part.backward()  # type: ignore[no-untyped-call]
-        total += part.item()
-    return total
+        with sharing_inputs(shared):
+            part = loss(model, batch.to(device)) / supervised
+            part.backward()  # type: ignore[no-untyped-call]
+        losses.append(part.detach())
+    return torch.stack(losses).sum()
 
 
 def _evaluated(

@@ -28,7 +28,8 @@ def causal_loss(model: nn.Module, batch: Batch) -> Tensor:
     """
     readout = readout_of(model)
     if readout is not None:
-        return readout.loss(_at_predictors(readout.hidden, model, batch), batch.targets, batch.weights)
+        hidden = _at_predictors(readout.hidden, model, batch, positions=batch.read)
+        return readout.loss(hidden, batch.targets, batch.weights)
     return (_nats_of_all_logits(model, batch) * batch.weights).sum()
 
 
@@ -37,13 +38,13 @@ def term_nats(model: nn.Module, batch: Batch) -> Tensor:
     """[terms] of -log p(target | the tokens before it), in nats, without gradient."""
     readout = readout_of(model)
     if readout is not None:
-        return readout.nats(_at_predictors(readout.hidden, model, batch), batch.targets)
+        return readout.nats(_at_predictors(readout.hidden, model, batch, positions=batch.read), batch.targets)
     return _nats_of_all_logits(model, batch)
 
 
-def _at_predictors(compute: Callable[..., Tensor], model: nn.Module, batch: Batch) -> Tensor:
+def _at_predictors(compute: Callable[..., Tensor], model: nn.Module, batch: Batch, **others: Any) -> Tensor:
     """[terms, width]: what `compute` gives at the positions that predict something."""
-    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, **others}
     if batch.attention_mask is not None:
         inputs["attention_mask"] = batch.attention_mask
     with seeing(batch.tree if attends_by_tree(model) else None):
