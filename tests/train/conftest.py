@@ -23,10 +23,20 @@ def examples():
 def run():
     """run(out=None, ...): a fresh adapter on a fresh model, trained. Returns (state, result, reports)."""
     import trimtab
+    from trimtab.train.loss import causal_loss
     from trimtab.train.settings import Settings
 
     def call(
-        out=None, *, method=None, examples=None, eval_examples=(), resume=False, stop=None, llama=None, **settings
+        out=None,
+        *,
+        method=None,
+        examples=None,
+        eval_examples=(),
+        resume=False,
+        stop=None,
+        llama=None,
+        loss=causal_loss,
+        **settings,
     ):
         model = make_llama() if llama is None else llama
         options = Settings(**{"batch_size": 3, "lr": 1e-2, "seed": 5, **settings})
@@ -40,7 +50,7 @@ def run():
 
         data = make_examples() if examples is None else examples
         result = trimtab.fit(
-            adapter, data, options, eval_examples=eval_examples, out=out, resume=resume, on_step=on_step
+            adapter, data, options, eval_examples=eval_examples, out=out, resume=resume, on_step=on_step, loss=loss
         )
         return {key: tensor.clone() for key, tensor in adapter.state_dict().items()}, result, reports
 
