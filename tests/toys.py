@@ -75,7 +75,8 @@ def small(name: str) -> Method:
     """A registered method, small enough for the tiny modules and unlike its defaults where it has a rank."""
     cls = method_class(name)
     fields = {field.name for field in dataclasses.fields(cls)}
-    return cls(**{key: value for key, value in {"rank": 2, "alpha": 6.0}.items() if key in fields})  # type: ignore[arg-type]
+    sizes = {"rank": 2, "alpha": 6.0, "directions": 2, "warm_up_steps": 1}
+    return cls(**{key: value for key, value in sizes.items() if key in fields})  # type: ignore[arg-type]
 
 
 @torch.no_grad()
@@ -83,6 +84,7 @@ def stir(adapter: Adapter, seed: int = 7, size: float = 0.3) -> Adapter:
     """Give an adapter a change that is not zero, as training would."""
     for number, parameter in enumerate(adapter.parameters()):
         parameter.add_(size * numbers(*parameter.shape, seed=seed + number).to(parameter.dtype))
+    adapter.after_step(1)
     return adapter
 
 

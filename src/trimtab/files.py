@@ -25,6 +25,16 @@ class StorageError(TrimtabError, OSError):
     exit_code = 2
 
 
+def cache_root(cache: Path | None = None) -> Path:
+    """Where what took long to make is kept: `cache`, TRIMTAB_CACHE, or trimtab/ in XDG_CACHE_HOME or ~/.cache."""
+    if cache is not None:
+        return cache
+    if own := os.environ.get("TRIMTAB_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "trimtab"
+
+
 @contextmanager
 def whole_folder(path: str | Path, *, marker: str | None = None) -> Iterator[Path]:
     """A temporary folder that takes the place of `path` when the block ends well, and vanishes otherwise.

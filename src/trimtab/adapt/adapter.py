@@ -24,7 +24,8 @@ from trimtab.adapt.module import (
 )
 from trimtab.adapt.select import Placement
 from trimtab.deltas.delta import Delta
-from trimtab.deltas.method import Method
+from trimtab.deltas.method import Method, Progress, Site
+from trimtab.deltas.sliced import Sliced
 from trimtab.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -108,10 +109,34 @@ class Adapter:
             for key, tensor in own.items():
                 tensor.copy_(state[key])
 
-    def after_step(self, step: int) -> None:
-        """Tell every delta that optimizer step `step` (1 for the first) is done."""
+    def weights(self) -> list[Site]:
+        """Every delta with the frozen weight it changes; the parts of a fused projection each for itself."""
+        found: list[Site] = []
         for path, delta in self.deltas.items():
-            delta.after_step(step, cast("Tensor", self.sites[path].weight))
+            weight = cast("Tensor", self.sites[path].weight).detach()
+            found += delta.sites(path, weight) if isinstance(delta, Sliced) else [Site(path, delta, weight)]
+        return found
+
+    def prepare(self, steps: int, progress: Progress | None = None) -> None:
+        """Let the method get ready for a run of `steps` optimizer steps. UsageError when it cannot work in it."""
+        self.method.prepare(self.weights(), steps, progress)
+
+    def after_step(self, step: int) -> list[nn.Parameter]:
+        """Tell the method that optimizer step `step` (1 for the first) is done; the gradients must still be there.
+
+        Returns the parameters whose optimizer state is to be forgotten.
+        """
+        return self.method.after_step(step, self.weights())
+
+    def lr_factors(self) -> dict[nn.Parameter, float]:
+        """What the method multiplies the learning rate of each of its parameters by, where that is not 1."""
+        found = {}
+        for site in self.weights():
+            for name, parameter in site.delta.named_parameters():
+                factor = self.method.lr_factor(name)
+                if factor != 1.0:
+                    found[parameter] = factor
+        return found
 
     @property
     def enabled(self) -> bool:

@@ -202,12 +202,12 @@ def _unknown(flat: Mapping[str, Any], method: str, known: Mapping[str, str]) -> 
 def _foreign(method: str) -> dict[str, str]:
     """Why the options that other methods alone have are refused."""
     own = helps(method_spec(method))
-    return {
-        key: f"is for method {other}, but the method is {method}"
-        for other in METHODS
-        for key in helps(method_spec(other))
-        if key not in own
-    }
+    having: dict[str, list[str]] = {}
+    for other in METHODS:
+        for key in helps(method_spec(other)):
+            if key not in own:
+                having.setdefault(key, []).append(other)
+    return {key: f"is for method {' or '.join(others)}, but the method is {method}" for key, others in having.items()}
 
 
 def resolved(recipe: Recipe, loaded: Any) -> Recipe:

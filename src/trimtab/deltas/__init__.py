@@ -22,6 +22,7 @@ DEFAULT = "lora"
 
 METHODS: dict[str, str] = {
     "lora": "trimtab.deltas.lora:LoRA",
+    "dash": "trimtab.deltas.dash:Dash",
     "full": "trimtab.deltas.full:Full",
 }
 """Name of each method and where its class is."""

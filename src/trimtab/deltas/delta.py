@@ -54,7 +54,7 @@ class Delta(nn.Module):
         return adapted - self.layout.base(x, weight, None)
 
     def after_step(self, step: int, weight: Tensor) -> None:
-        """Called by the loop once per optimizer step, after it; never inside forward."""
+        """Called once per optimizer step, after it; never inside forward. See `Method.after_step`."""
 
     def stored(self) -> dict[str, Tensor]:
         """The tensors of an adapter file for this weight, by their names below the module's path."""

@@ -7,18 +7,30 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from trimtab.errors import problems_to_error
 from trimtab.options import to_mapping
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from trimtab.deltas.delta import Delta
     from trimtab.deltas.layout import Layout
+
+
+Progress = Callable[[int, int, str], None]
+"""progress(done, total, text)."""
+
+
+class Site(NamedTuple):
+    """A weight that a method changes. weight: in the shape that the delta's layout has it; not to be written."""
+
+    path: str
+    delta: Delta
+    weight: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +83,27 @@ class Method:
     def delta(self, layout: Layout, weight: Tensor, generator: torch.Generator) -> Delta:
         """A fresh delta for one weight, in fp32 on the CPU. `generator` makes every random draw."""
         raise NotImplementedError
+
+    def lr_factor(self, parameter: str) -> float:
+        """What the learning rate of a delta's parameter is multiplied by. parameter: its name in the delta."""
+        return 1.0
+
+    def prepare(self, sites: Sequence[Site], steps: int, progress: Progress | None = None) -> None:
+        """Called before a run of `steps` optimizer steps, or what is left of it: for what takes long, and to refuse
+        what cannot work.
+
+        progress(done, total, text) is told how far it is.
+        """
+
+    def after_step(self, step: int, sites: Sequence[Site]) -> list[nn.Parameter]:
+        """Called once after optimizer step `step` (1 for the first), its gradients still there; never inside forward.
+
+        Here for what concerns several weights at once; the deltas' own `after_step` by default. Returns parameters
+        that mean something else from now on: what the optimizer has gathered about them is forgotten.
+        """
+        for site in sites:
+            site.delta.after_step(step, site.weight)
+        return []
 
     def options(self) -> dict[str, Any]:
         """Name and fields as plain values, for YAML and JSON."""

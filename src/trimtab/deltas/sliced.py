@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trimtab.deltas.delta import Delta, fill
 from trimtab.deltas.layout import Layout
 from trimtab.deltas.lora import LoRADelta, restored_pair, stored_pair
+from trimtab.deltas.method import Site
 from trimtab.errors import FormatError
 
 
@@ -97,6 +98,6 @@ class Sliced(Delta):
             return None
         return own[0] * n, own[1] * (math.sqrt(n) if getattr(self.method, "rslora", False) else n)
 
-    def after_step(self, step: int, weight: Tensor) -> None:
-        for part, own, _, _ in self._each(weight):
-            part.after_step(step, own)
+    def sites(self, path: str, weight: Tensor) -> list[Site]:
+        """Each part with its rows of the weight."""
+        return [Site(f"{path}[{a}:{b}]", part, own) for part, own, a, b in self._each(weight)]

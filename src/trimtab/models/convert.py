@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import FormatError, OutOfMemory, TrimtabError, UsageError, ran_out_of_memory
-from trimtab.files import StorageError, disk_errors, whole_folder
+from trimtab.files import StorageError, cache_root, disk_errors, whole_folder
 from trimtab.models.checkpoint import check_folder
 
 # Part of each folder's name: raised when what is written changes, so that older folders are not taken for new ones.
@@ -21,13 +20,8 @@ LAYOUT = 1
 
 
 def cache_folder(cache: Path | None = None) -> Path:
-    """Where converted models are kept: `cache`, else TRIMTAB_CACHE, else trimtab/ in XDG_CACHE_HOME or ~/.cache."""
-    if cache is not None:
-        return cache / "models"
-    if own := os.environ.get("TRIMTAB_CACHE"):
-        return Path(own).expanduser() / "models"
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "trimtab" / "models"
+    """Where converted models are kept."""
+    return cache_root(cache) / "models"
 
 
 def safetensors_folder(gguf: Path, *, cache: Path | None = None, progress: Callable[[str], None] | None = None) -> Path:

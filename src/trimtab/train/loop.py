@@ -148,6 +148,7 @@ def fit(
 
     with _set_up(model, settings, packing, loss, examples[0]) as shared, between_steps(out is not None) as wish:
         progress = _resumed(out, adapter, optimizer, identity) if resume else Progress()
+        adapter.prepare(plan.steps)
         good, eval_loss, clock = LastGood(adapter, progress.step), progress.eval_loss, Clock(progress.seconds)
         if evaluation and progress.step == 0:
             progress.eval_loss_before = _evaluated(model, evaluation, loss, "before training", good, out)
@@ -167,10 +168,11 @@ def fit(
                 good.keep(step - 1)
 
                 for group in optimizer.param_groups:
-                    group["lr"] = lr
+                    group["lr"] = lr * group["factor"]
                 optimizer.step()
+                for parameter in adapter.after_step(step):
+                    optimizer.state.pop(parameter, None)
                 optimizer.zero_grad()
-                adapter.after_step(step)
 
                 progress.add(step, sum(batch.real_tokens for batch in parts), supervised, step_loss, norm)
                 warn_of_stillness(progress, step_loss, norm)
@@ -289,8 +291,13 @@ def _refuse(
 
 
 def _optimizer(adapter: Adapter, lr: float, settings: Settings) -> torch.optim.Optimizer:
+    factors = adapter.lr_factors()
+    by_factor: dict[float, list[nn.Parameter]] = {}
+    for parameter in adapter.parameters():
+        by_factor.setdefault(factors.get(parameter, 1.0), []).append(parameter)
+    groups = [{"params": own, "lr": lr * factor, "factor": factor} for factor, own in by_factor.items()]
     # foreach: one kernel over all parameters instead of a Python loop over hundreds of small ones.
-    return torch.optim.AdamW(adapter.parameters(), lr=lr, weight_decay=settings.weight_decay, foreach=True)
+    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay, foreach=True)
 
 
 @contextmanager

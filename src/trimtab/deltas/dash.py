@@ -1,0 +1,214 @@
+"""LoRA-Dash: low-rank adaptation that finds task-specific directions and strengthens them (Si et al. 2024,
+arXiv 2409.01035)."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.deltas.core_bases import CoreBases, change_rates, core_bases, prepare
+from trimtab.deltas.delta import Delta, wide
+from trimtab.deltas.layout import Conv1DLayout, Layout, LinearLayout
+from trimtab.deltas.lora import LoRA, LoRADelta
+from trimtab.deltas.method import Progress, Site, positive
+from trimtab.errors import UsageError
+from trimtab.ops.lora_linear import lora_linear
+from trimtab.options import option
+
+log = logging.getLogger("trimtab")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dash(LoRA):
+    """h = W x + (α/r) B A x + U_S (d ⊙ V_Sᵀ x), with S the core directions of W that change most.
+
+    For `warm_up_steps` optimizer steps it is LoRA. Then each weight's singular vectors are ranked by their change rate
+    δᵢ = |uᵢᵀ ΔW vᵢ| / (σᵢ + ε), ΔW = (α/r) B A, and the first `directions` of them get a coordinate each, zero at the
+    start, so that the output goes on where it was. A, B and d are trained from there.
+    """
+
+    name: ClassVar[str] = "dash"
+    title: ClassVar[str] = "LoRA-Dash"
+    formula: ClassVar[str] = "h = W x + (α/r) B A x + U_S (d ⊙ V_Sᵀ x)"
+    paper: ClassVar[str] = "Si et al. 2024, arXiv 2409.01035"
+    peft_type: ClassVar[str | None] = None
+    stored_names: ClassVar[str] = ""
+
+    directions: int = option(8, "s, the task-specific directions of each weight")
+    warm_up_steps: int = option(100, "optimizer steps of plain LoRA before the directions are chosen")
+    pick: Literal["change-rate", "random", "smallest", "largest"] = option(
+        "change-rate", "the directions: those that change most; for study at random, of the smallest or largest σ"
+    )
+    budget: Literal["layer", "model"] = option(
+        "layer", "as many directions for each weight, or as many on average where they change most"
+    )
+    direction_lr: float = option(1.0, "what the learning rate of the coordinates d is multiplied by")
+    freeze_factors: bool = option(False, "train the coordinates alone once the directions are chosen")
+
+    def problems(self) -> list[str]:
+        found = super().problems() + positive("direction_lr", self.direction_lr)
+        for name in ("directions", "warm_up_steps"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                found.append(f"{name} is {getattr(self, name)}, but must be a whole number of at least 1")
+        picks = ("change-rate", "random", "smallest", "largest")
+        for name, known in (("pick", picks), ("budget", ("layer", "model"))):
+            if getattr(self, name) not in known:
+                found.append(f"{name} is '{getattr(self, name)}', but must be one of {', '.join(known)}")
+        if self.budget == "model" and self.pick != "change-rate":
+            found.append(f"budget 'model' compares change rates, so pick cannot be '{self.pick}'")
+        return found
+
+    def unfit(self, layout: Layout) -> str | None:
+        smaller = min(layout.out_features, layout.in_features)
+        if self.directions > smaller:
+            return f"{self.directions} directions are above the {smaller} core directions of the weight"
+        return super().unfit(layout)
+
+    def lr_factor(self, parameter: str) -> float:
+        return self.direction_lr if parameter == "d" else 1.0
+
+    def delta(self, layout: Layout, weight: Tensor, generator: torch.Generator) -> DashDelta:
+        start = super().delta(layout, weight, generator)
+        seed = int(torch.randint(2**62, (), generator=generator)) if self.pick == "random" else 0
+        return DashDelta(self, layout, start.A.data, start.B.data, seed)
+
+    def prepare(self, sites: Sequence[Site], steps: int, progress: Progress | None = None) -> None:
+        if self.warm_up_steps >= steps:
+            raise UsageError(
+                f"warm_up_steps is {self.warm_up_steps}, but the run has {steps}: no direction would ever be trained. "
+                "Lower warm_up_steps, or train longer"
+            )
+        if not _launched(sites):
+            prepare([_matrix(site) for site in sites], progress)
+        self._freeze(sites)
+
+    def after_step(self, step: int, sites: Sequence[Site]) -> list[nn.Parameter]:
+        if step != self.warm_up_steps:
+            return []
+        if self.budget == "model":
+            _launch_by_model(self.directions * len(sites), sites)
+        else:
+            for site in sites:
+                bases = core_bases(_matrix(site))
+                _dash(site).launch(bases, _picked(self, site, bases)[: self.directions])
+        self._freeze(sites)
+        log.info("LoRA-Dash: directions chosen after step %d", step)
+        return [_dash(site).d for site in sites]
+
+    def _freeze(self, sites: Sequence[Site]) -> None:
+        if self.freeze_factors and _launched(sites):
+            for site in sites:
+                _dash(site).A.requires_grad_(False)
+                _dash(site).B.requires_grad_(False)
+
+
+WIDEST = 4
+"""With one budget for the model, a weight gets at most this many times the average."""
+
+
+class DashDelta(LoRADelta):
+    """LoRA's A and B; coordinates d [s], and their directions U_S [out, s] and V_S [in, s], zero until chosen.
+
+    picked: [s] int64, the indices of the directions in the order of σ descending; -1 where there is none. seed: of the
+    draw, where the directions are drawn.
+    """
+
+    method: Dash
+    d: nn.Parameter
+    U: Tensor
+    V: Tensor
+    picked: Tensor
+    seed: Tensor
+
+    def __init__(self, method: Dash, layout: Layout, A: Tensor, B: Tensor, seed: int) -> None:
+        super().__init__(method, layout, A, B)
+        smaller = min(layout.out_features, layout.in_features)
+        width = method.directions if method.budget == "layer" else min(WIDEST * method.directions, smaller)
+        self.register_parameter("d", nn.Parameter(torch.zeros(width)))
+        self.register_buffer("U", torch.zeros(layout.out_features, width))
+        self.register_buffer("V", torch.zeros(layout.in_features, width))
+        self.register_buffer("picked", torch.full((width,), -1))
+        self.register_buffer("seed", torch.tensor(seed))
+
+    @torch.no_grad()
+    def launch(self, bases: CoreBases, picked: Tensor) -> None:
+        """Give coordinates, zero now, to these of the core directions."""
+        count = len(picked)
+        self.U[:, :count] = bases.U[:, picked].to(self.U)
+        self.V[:, :count] = bases.V[:, picked].to(self.V)
+        self.picked[:count] = picked.to(self.picked)
+
+    def stored(self) -> dict[str, Tensor]:
+        return Delta.stored(self)
+
+    def restore(self, stored: Mapping[str, Tensor]) -> None:
+        Delta.restore(self, stored)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        B = torch.cat([self.scale * wide(self.B), wide(self.U) * wide(self.d)], 1)
+        return B, torch.cat([wide(self.A), wide(self.V).T])
+
+    def weight_change(self, weight: Tensor) -> Tensor:
+        B, A = self.factors()
+        return B @ A
+
+    def branch(self, x: Tensor, weight: Tensor) -> Tensor:
+        y = super().branch(x, weight)
+        # Directions are of W itself, so they read x as W does: nothing of it is dropped.
+        return y + self.layout.low_rank(x, (self.U * self.d).to(y.dtype), self.V.T.to(y.dtype))
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.method.branch == "base" and isinstance(self.layout, LinearLayout | Conv1DLayout) and not self.dropout:
+            B = torch.cat([self.scale * self.B, self.U * self.d], 1)
+            return lora_linear(x, self.layout.matrix(weight), bias, torch.cat([self.A, self.V.T]), B, 1.0)
+        y = self.layout.base(x, weight, bias)
+        return (y + self.branch(x, weight)).to(y.dtype)
+
+
+def _dash(site: Site) -> DashDelta:
+    assert isinstance(site.delta, DashDelta), site.path
+    return site.delta
+
+
+def _launched(sites: Sequence[Site]) -> bool:
+    """Whether the directions are chosen: of all weights at once, though with one budget some get none."""
+    return any(bool((_dash(site).picked >= 0).any()) for site in sites)
+
+
+def _matrix(site: Site) -> Tensor:
+    return site.delta.layout.matrix(site.weight)
+
+
+def _rates(site: Site, bases: CoreBases) -> Tensor:
+    delta = _dash(site)
+    return change_rates(bases, delta.scale * wide(delta.B.detach()), wide(delta.A.detach()))
+
+
+def _picked(method: Dash, site: Site, bases: CoreBases) -> Tensor:
+    """All core directions of a weight, the ones to be chosen first."""
+    n = len(bases.sigma)
+    if method.pick == "random":
+        return torch.randperm(n, generator=torch.Generator().manual_seed(int(_dash(site).seed)))
+    if method.pick == "change-rate":
+        return _rates(site, bases).argsort(descending=True, stable=True)
+    return torch.arange(n) if method.pick == "largest" else torch.arange(n).flip(0)
+
+
+def _launch_by_model(budget: int, sites: Sequence[Site]) -> None:
+    """Give the budget to the directions that change most, whichever weights they are of."""
+    rates = []
+    for at, site in enumerate(sites):
+        own = _rates(site, core_bases(_matrix(site)))
+        best = own.topk(min(len(_dash(site).d), len(own)))
+        rates += [(float(rate), at, int(index)) for rate, index in zip(best.values, best.indices, strict=True)]
+    chosen: dict[int, list[int]] = {}
+    for _, at, index in sorted(rates, key=lambda r: -r[0])[:budget]:
+        chosen.setdefault(at, []).append(index)
+    for at, site in enumerate(sites):
+        indices = torch.tensor(chosen.get(at, []), dtype=torch.int64)
+        _dash(site).launch(core_bases(_matrix(site)), indices)
