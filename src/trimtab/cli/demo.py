@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 MAX_LENGTH = 512
 SIDES = ("train", "test", "evaluation")
+BATCH = 4  # functions to a step: in one pass over so few, more and smaller steps learn more (benchmarks/RESULTS.md)
 EVALUATED = 32  # of the test functions, for the loss while training: enough to see it fall
 ANSWER_TOKENS = 16  # names of the standard library take 4 tokens in the median, 12 at most nearly always
 
@@ -119,15 +120,14 @@ def _recipe(flags: DemoFlags, task: NamingTask, folder: Path, system: bool) -> R
         "trust_remote_code": flags.trust_remote_code,
         "data": str(folder / "data" / "train.jsonl"),
         "eval_data": str(folder / "data" / "evaluation.jsonl"),
-        "eval_every": max(1, math.ceil(flags.functions / 8) // 2),
+        "eval_every": max(1, math.ceil(flags.functions / BATCH) // 2),
         "max_length": MAX_LENGTH,
         "method": "lora",
         "rank": flags.rank,
         "alpha": 2.0 * flags.rank,
         "lr": flags.lr,
         "schedule": "linear",
-        "batch_size": min(8, flags.functions),
-        "micro_batch": min(3, flags.functions),
+        "batch_size": min(BATCH, flags.functions),
         "seed": flags.seed,
         "out": str(folder),
     }
