@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 MAX_LENGTH = 512
 SIDES = ("train", "test", "evaluation")
-BATCH = 4  # functions to a step: in one pass over so few, more and smaller steps learn more (benchmarks/RESULTS.md)
+BATCH = 8  # functions to a step
 EVALUATED = 32  # of the test functions, for the loss while training: enough to see it fall
 ANSWER_TOKENS = 16  # names of the standard library take 4 tokens in the median, 12 at most nearly always
 
