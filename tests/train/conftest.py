@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from tiny_training import Stopped, make_examples, make_llama
 
 

@@ -7,9 +7,9 @@ import sys
 import types
 
 import pytest
-from tiny_training import make_examples, make_llama
 
 import trimtab
+from tiny_training import make_examples, make_llama
 from trimtab.errors import UsageError
 from trimtab.train.metrics import LOGGERS, make_logger
 from trimtab.train.settings import Settings

@@ -8,9 +8,9 @@ import json
 
 import pytest
 import torch
-from tiny_training import make_examples, make_llama
 
 import trimtab
+from tiny_training import make_examples, make_llama
 from trimtab.errors import UsageError
 from trimtab.train.loss import causal_loss, mean_loss
 from trimtab.train.packing import packing_for

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_training import VOCABULARY, make_llama
 
 import trimtab
+from tiny_training import VOCABULARY, make_llama
 from trimtab.data.batch import pad
 from trimtab.data.encode import Example
 from trimtab.errors import UsageError

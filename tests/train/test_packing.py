@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_training import VOCABULARY, make_examples, make_llama
 
 import trimtab
+from tiny_training import VOCABULARY, make_examples, make_llama
 from trimtab.data.encode import Example
 from trimtab.data.pack import pack, pack_shared
 from trimtab.errors import UsageError

@@ -8,8 +8,8 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_training import make_examples
 
+from tiny_training import make_examples
 from trimtab.errors import UsageError
 from trimtab.train.plan import Plan, eval_batches
 from trimtab.train.settings import Settings

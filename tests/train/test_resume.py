@@ -12,9 +12,9 @@ import time
 
 import pytest
 import torch
-from tiny_training import make_examples, make_llama
 
 import trimtab
+from tiny_training import make_examples, make_llama
 from trimtab.errors import FormatError, UsageError
 from trimtab.train.checkpoint import checkpoints, save_checkpoint
 from trimtab.train.settings import Settings

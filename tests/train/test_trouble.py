@@ -10,9 +10,9 @@ import subprocess
 
 import pytest
 import torch
-from tiny_training import make_examples, make_llama
 
 import trimtab
+from tiny_training import make_examples, make_llama
 from trimtab.errors import OutOfMemory, TrainingError, TrimtabError, UsageError
 from trimtab.files import StorageError
 from trimtab.train.checkpoint import checkpoints, save_checkpoint
