@@ -73,8 +73,19 @@ def test_positions_elsewhere_are_zero_and_hooks_are_gone_afterwards() -> None:
 
 
 def test_layers_that_run_again_in_backward_are_computed_whole() -> None:
-    model = built("llama").train()
-    model.gradient_checkpointing_enable()
-    trimtab.attach(model, trimtab.LoRA(rank=2))
-    model.enable_input_require_grads()
-    causal_loss(model, batch()).backward()
+    results = []
+    for again in (False, True):
+        model = built("llama").train()
+        adapter = trimtab.attach(model, trimtab.LoRA(rank=2), seed=1)
+        found = readout_of(model)
+        assert found is not None
+        assert found.last is not None
+        seen = rows_seen(found.last.gate_proj)
+        if again:
+            model.gradient_checkpointing_enable()
+            model.enable_input_require_grads()
+        loss = causal_loss(model, batch())
+        results.append([loss.detach(), *torch.autograd.grad(loss, adapter.parameters())])
+        assert seen == ([5, 5] if again else [2])  # forward, and once more in backward
+    for again_, once in zip(*results, strict=True):
+        torch.testing.assert_close(again_, once, rtol=1e-5, atol=1e-6)
