@@ -24,8 +24,7 @@ from trimtab.adapt.module import (
 )
 from trimtab.adapt.select import Placement
 from trimtab.deltas.delta import Delta
-from trimtab.deltas.method import Method, Progress, Site
-from trimtab.deltas.sliced import Sliced
+from trimtab.deltas.method import Method, OnProgress, Site
 from trimtab.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -113,11 +112,10 @@ class Adapter:
         """Every delta with the frozen weight it changes; the parts of a fused projection each for itself."""
         found: list[Site] = []
         for path, delta in self.deltas.items():
-            weight = cast("Tensor", self.sites[path].weight).detach()
-            found += delta.sites(path, weight) if isinstance(delta, Sliced) else [Site(path, delta, weight)]
+            found += delta.sites(path, cast("Tensor", self.sites[path].weight).detach())
         return found
 
-    def prepare(self, steps: int, progress: Progress | None = None) -> None:
+    def prepare(self, steps: int, progress: OnProgress | None = None) -> None:
         """Let the method get ready for a run of `steps` optimizer steps. UsageError when it cannot work in it."""
         self.method.prepare(self.weights(), steps, progress)
 

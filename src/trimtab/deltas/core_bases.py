@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -17,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trimtab.deltas.method import Progress
+from trimtab.deltas.method import OnProgress
 from trimtab.errors import UsageError
 from trimtab.files import StorageError, cache_root, write_whole
 
@@ -41,31 +40,32 @@ def core_bases(matrix: Tensor, cache: Path | None = None) -> CoreBases:
     return _read(file, matrix) or _computed(matrix, file)
 
 
-def prepare(matrices: Sequence[Tensor], progress: Progress | None = None, cache: Path | None = None) -> None:
+def prepare(matrices: Sequence[Tensor], progress: OnProgress | None = None, cache: Path | None = None) -> None:
     """Compute what is not on disk yet, several weights at a time, and say beforehand how long that takes."""
     files = {_file(matrix, cache): matrix for matrix in matrices}
     missing = {file: matrix for file, matrix in files.items() if not file.exists()}
     if not missing:
         return
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = torch.get_num_threads()
     largest_last = sorted(missing.items(), key=lambda item: _work(item[1]))
     seconds = _seconds(missing.values(), workers)  # type: ignore[arg-type]
     log.info(
         "decomposing %d weights, about %.0f s; kept in %s, so only once",
         len(missing), seconds, next(iter(missing)).parent,
     )  # fmt: skip
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        running = [pool.submit(_computed, matrix, file) for file, matrix in reversed(largest_last)]
-        for done, future in enumerate(as_completed(running), start=1):
-            future.result()
-            if progress is not None:
-                progress(done, len(running), "")
-    torch.set_num_threads(threads)
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            running = [pool.submit(_computed, matrix, file) for file, matrix in reversed(largest_last)]
+            for done, future in enumerate(as_completed(running), start=1):
+                future.result()
+                if progress is not None:
+                    progress(done, len(running), "")
+    finally:
+        torch.set_num_threads(workers)
 
 
 def change_rates(bases: CoreBases, B: Tensor, A: Tensor) -> Tensor:
-    """δᵢ = |uᵢᵀ ΔW vᵢ| / (σᵢ + ε) for ΔW = B A, [n]; ε = 1e-6 σ₁ (Si et al. 2024, arXiv 2409.01035, equation 5).
+    """δᵢ = |uᵢᵀ ΔW vᵢ| / (σᵢ + ε) for ΔW = B A, [n]; ε = 1e-6 σ₁ (Si et al. 2024, arXiv 2409.01035).
 
     B: [out, r], A: [r, in]. Costs r n (out + in): no dense ΔW is formed.
     """

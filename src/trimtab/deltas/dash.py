@@ -15,7 +15,7 @@ from trimtab.deltas.core_bases import CoreBases, change_rates, core_bases, prepa
 from trimtab.deltas.delta import Delta, wide
 from trimtab.deltas.layout import Conv1DLayout, Layout, LinearLayout
 from trimtab.deltas.lora import LoRA, LoRADelta
-from trimtab.deltas.method import Progress, Site, positive
+from trimtab.deltas.method import OnProgress, Site, positive
 from trimtab.errors import UsageError
 from trimtab.ops.lora_linear import lora_linear
 from trimtab.options import option
@@ -77,7 +77,7 @@ class Dash(LoRA):
         seed = int(torch.randint(2**62, (), generator=generator)) if self.pick == "random" else 0
         return DashDelta(self, layout, start.A.data, start.B.data, seed)
 
-    def prepare(self, sites: Sequence[Site], steps: int, progress: Progress | None = None) -> None:
+    def prepare(self, sites: Sequence[Site], steps: int, progress: OnProgress | None = None) -> None:
         if self.warm_up_steps >= steps:
             raise UsageError(
                 f"warm_up_steps is {self.warm_up_steps}, but the run has {steps}: no direction would ever be trained. "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.deltas.layout import Layout
-from trimtab.deltas.method import Method
+from trimtab.deltas.method import Method, Site
 from trimtab.errors import FormatError
 
 
@@ -52,6 +52,10 @@ class Delta(nn.Module):
         """What this delta adds to the module's output, for adding up several deltas."""
         adapted: Tensor = self(x, weight, None)
         return adapted - self.layout.base(x, weight, None)
+
+    def sites(self, path: str, weight: Tensor) -> list[Site]:
+        """This delta with its weight; those with parts give each part with its own. path: of the module."""
+        return [Site(path, self, weight)]
 
     def after_step(self, step: int, weight: Tensor) -> None:
         """Called once per optimizer step, after it; never inside forward. See `Method.after_step`."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from trimtab.deltas.layout import Layout
 
 
-Progress = Callable[[int, int, str], None]
+OnProgress = Callable[[int, int, str], None]
 """progress(done, total, text)."""
 
 
@@ -88,7 +88,7 @@ class Method:
         """What the learning rate of a delta's parameter is multiplied by. parameter: its name in the delta."""
         return 1.0
 
-    def prepare(self, sites: Sequence[Site], steps: int, progress: Progress | None = None) -> None:
+    def prepare(self, sites: Sequence[Site], steps: int, progress: OnProgress | None = None) -> None:
         """Called before a run of `steps` optimizer steps, or what is left of it: for what takes long, and to refuse
         what cannot work.
 
