@@ -24,6 +24,9 @@ def check_sampling(max_new_tokens: int, temperature: float, batch_size: int | No
     problems_to_error(problems, "generation")
 
 
+ANY_BASE = "take an adapter though it was trained on other weights than the model's"
+
+
 def named_adapters(given: tuple[str, ...]) -> dict[str, str]:
     """Folder by name, from DIR (named after the folder) or NAME=DIR. UsageError for a name given twice."""
     found: dict[str, str] = {}

@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from typing import Any
 
-from trimtab.cli.answering import BASE, check_sampling, load_adapters, named_adapters
+from trimtab.cli.answering import ANY_BASE, BASE, check_sampling, load_adapters, named_adapters
 from trimtab.cli.common import ModelFlags, Screen, load_model, options
 from trimtab.errors import TrimtabError, UsageError, did_you_mean
 from trimtab.options import option
@@ -20,7 +20,7 @@ COMMANDS = """/use NAME   answer with another adapter (/use base: none)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatFlags(ModelFlags):
     adapter: tuple[str, ...] = option((), "adapter folders, each as DIR or NAME=DIR; the first one answers")
-    any_base: bool = option(False, "take an adapter though it was trained on other weights than the model's")
+    any_base: bool = option(False, ANY_BASE)
     system: str | None = option(None, "the system message")
     max_new_tokens: int = option(512, "longest answer in tokens")
     temperature: float = option(0.0, "0 takes the likeliest token; above 0 samples")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from trimtab.cli.answering import ANY_BASE
 from trimtab.cli.common import ModelName, Screen, load_model, options, refuse_taken
 from trimtab.options import option
 
@@ -12,7 +13,7 @@ from trimtab.options import option
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportFlags(ModelName):
     adapter: str = option(help="the adapter's folder")
-    any_base: bool = option(False, "take an adapter though it was trained on other weights than the model's")
+    any_base: bool = option(False, ANY_BASE)
     out: str = option(help="folder for the exported adapter")
     format: Literal["peft"] = option("peft", "peft: a standard LoRA that PEFT and others load")
 

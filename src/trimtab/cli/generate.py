@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from trimtab.cli.answering import BASE, check_sampling, load_adapters, named_adapters
+from trimtab.cli.answering import ANY_BASE, BASE, check_sampling, load_adapters, named_adapters
 from trimtab.cli.common import ModelFlags, Screen, load_model, need_tokenizer, options
 from trimtab.errors import UsageError, did_you_mean
 from trimtab.options import option
@@ -17,7 +17,7 @@ from trimtab.options import option
 class GenerateFlags(ModelFlags):
     prompt: tuple[str, ...] = option((), "prompts to answer", positional=True)
     adapter: tuple[str, ...] = option((), "adapter folders, each as DIR or NAME=DIR")
-    any_base: bool = option(False, "take an adapter though it was trained on other weights than the model's")
+    any_base: bool = option(False, ANY_BASE)
     use: tuple[str, ...] = option((), "names of the adapters to answer with; by default each given one (base: none)")
     rows: str | None = option(
         None,

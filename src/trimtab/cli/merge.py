@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from trimtab.cli.answering import ANY_BASE
 from trimtab.cli.common import ModelName, Screen, load_model, options, refuse_taken
 from trimtab.options import option
 
@@ -13,7 +14,7 @@ from trimtab.options import option
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MergeFlags(ModelName):
     adapter: str = option(help="the adapter's folder")
-    any_base: bool = option(False, "take an adapter though it was trained on other weights than the model's")
+    any_base: bool = option(False, ANY_BASE)
     out: str = option(help="folder for the merged model")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "dtype of the merged model; auto keeps the checkpoint's, float32 loses nothing of the change"
