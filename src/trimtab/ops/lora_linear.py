@@ -41,9 +41,10 @@ class Projection(NamedTuple):
 
     def is_that(self, other: Projection) -> bool:
         """Whether both are the same tensors; a weight may be another view of the same memory."""
-        (W, *rest), (W2, *rest2) = self, other
+        W, W2 = self.weight, other.weight
         same_view = W.data_ptr() == W2.data_ptr() and W.shape == W2.shape and W.stride() == W2.stride()
-        return same_view and all(a is b for a, b in zip(rest[:-1], rest2[:-1], strict=True)) and rest[-1] == rest2[-1]
+        same_rest = self.bias is other.bias and self.A is other.A and self.B is other.B
+        return same_view and same_rest and self.scale == other.scale
 
 
 def lora_linear(

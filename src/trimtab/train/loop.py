@@ -160,19 +160,12 @@ def fit(
                 supervised = sum(batch.supervised_tokens for batch in parts)
 
                 total = _backward(model, parts, supervised, loss, shared)
-                total_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip or math.inf)
-                # Read together: the one place where the step waits for the model's device.
-                step_loss, norm = torch.stack([total, total_norm.to(total)]).tolist()
+                step_loss, norm = _clipped(parameters, total, settings)
                 if not math.isfinite(step_loss + norm):
                     raise good.error(not_finite(step, step_loss, norm, [examples[i].row for i in chosen]), out)
                 good.keep(step - 1)
 
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * group["factor"]
-                optimizer.step()
-                for parameter in adapter.after_step(step):
-                    optimizer.state.pop(parameter, None)
-                optimizer.zero_grad()
+                _update(adapter, optimizer, lr, step)
 
                 progress.add(step, sum(batch.real_tokens for batch in parts), supervised, step_loss, norm)
                 warn_of_stillness(progress, step_loss, norm)
@@ -228,6 +221,24 @@ def _backward(model: nn.Module, parts: Sequence[Batch], supervised: int, loss: L
             part.backward()  # type: ignore[no-untyped-call]
         losses.append(part.detach())
     return torch.stack(losses).sum()
+
+
+def _clipped(parameters: Sequence[nn.Parameter], loss: Tensor, settings: Settings) -> tuple[float, float]:
+    """Clip the gradients. Returns the step's loss and their norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip or math.inf)
+    # Read together: the one place where the step waits for the model's device.
+    read_loss, read_norm = torch.stack([loss, norm.to(loss)]).tolist()
+    return read_loss, read_norm
+
+
+def _update(adapter: Adapter, optimizer: torch.optim.Optimizer, lr: float, step: int) -> None:
+    """One step of the optimizer, and what the method does after it."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["factor"]
+    optimizer.step()
+    for parameter in adapter.after_step(step):
+        optimizer.state.pop(parameter, None)
+    optimizer.zero_grad()
 
 
 def _evaluated(
