@@ -9,6 +9,7 @@ from torch import nn
 import trimtab
 from toys import built
 from trimtab.models.fused import fused
+from trimtab.ops import products
 
 
 def gradients(model: nn.Module, adapter) -> list[torch.Tensor]:
@@ -47,6 +48,19 @@ def test_gradients_are_the_same_and_less_is_kept(name: str) -> None:
     plain_bytes, ours_bytes = (sum(size for _, size in each) for each in sizes)
     assert ours_bytes < plain_bytes
     assert [type(module) for module in model.modules()] == classes
+
+
+@pytest.mark.parametrize("known", [set(), {torch.bfloat16}])
+def test_frozen_layers_of_a_dtype_without_products_are_computed_wide(known, monkeypatch) -> None:
+    monkeypatch.setattr(products, "COMPUTED_ON_CPU", known)
+    model = built("llama").to(torch.bfloat16)
+    adapter = trimtab.attach(model, trimtab.LoRA(rank=2), targets=["q_proj", "v_proj"])
+    plain = torch.cat([g.flatten() for g in gradients(model, adapter)])
+    with fused(model) as count:
+        assert count == 7 + (0 if known else 5 * 2 + 1)  # k, o, gate, up and down of two layers, and the head
+        ours = torch.cat([g.flatten() for g in gradients(model, adapter)])
+    assert (ours - plain).norm() < 0.03 * plain.norm()  # 8 bits, through two layers and back
+    assert type(model.lm_head) is nn.Linear
 
 
 class Squared(nn.Module):

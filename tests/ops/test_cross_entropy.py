@@ -110,7 +110,7 @@ def test_an_adapted_head_gets_its_gradients(count: int) -> None:
         torch.testing.assert_close(ours, true, rtol=1e-10, atol=1e-10)
 
 
-def test_bf16_loss_is_summed_in_fp32() -> None:
+def test_bf16_loss_is_summed_in_fp32(narrow_products: str) -> None:
     (h, t, w), W = rows(torch.bfloat16), drawn(VOCABULARY, WIDTH, dtype=torch.bfloat16, seed=1)
     ours = linear_cross_entropy(h.requires_grad_(), t, w.float(), W)
     true = plain(h.double(), t, w.double(), W.double(), None, 1.0, None)

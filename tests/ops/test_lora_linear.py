@@ -58,7 +58,7 @@ def test_fp32_agrees_with_plain_autograd() -> None:
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-4)  # sums of 77 to 96 terms of size 1 to 30
 
 
-def test_a_bf16_base_keeps_fp32_factors_and_gives_them_fp32_gradients() -> None:
+def test_a_bf16_base_keeps_fp32_factors_and_gives_them_fp32_gradients(narrow_products: str) -> None:
     A, B = drawn(16, 96, dtype=torch.float32, seed=1).requires_grad_(), drawn(64, 16, dtype=torch.float32, seed=2)
     weight, x = drawn(64, 96, dtype=torch.bfloat16, seed=3), drawn(32, 96, dtype=torch.bfloat16).requires_grad_()
     B.requires_grad_()
@@ -86,7 +86,7 @@ def test_an_input_without_gradient_costs_none() -> None:
     assert B.grad is not None
 
 
-def test_projections_of_one_input_keep_it_once_and_nothing_else() -> None:
+def test_projections_of_one_input_keep_it_once_and_nothing_else(narrow_products: str) -> None:
     x = drawn(64, 96, dtype=torch.bfloat16).requires_grad_()
     shared = x * 1.0
     parts = [
@@ -105,7 +105,9 @@ def test_projections_of_one_input_keep_it_once_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_with_A_frozen_the_narrow_product_is_kept_in_the_place_of_the_input(dropout: float) -> None:
+def test_with_A_frozen_the_narrow_product_is_kept_in_the_place_of_the_input(
+    dropout: float, narrow_products: str
+) -> None:
     x = drawn(64, 96, dtype=torch.bfloat16).requires_grad_() * 1.0
     A, B = drawn(8, 96, dtype=torch.float32), drawn(32, 8, dtype=torch.float32).requires_grad_()
     weight = drawn(32, 96, dtype=torch.bfloat16, seed=3)

@@ -125,13 +125,25 @@ def test_fp32_gradients_over_long_segments_hold() -> None:
         assert (ours.double() - true).norm() < 1e-5 * true.norm()
 
 
-def test_bf16_differs_by_its_rounding_alone() -> None:
+def test_bf16_differs_by_its_rounding_alone(narrow_products: str) -> None:
     tree = Tree.of(ends([*range(-1, 29), 9, *range(30, 49)]))
     q, k, v = inputs(50, dtype=torch.bfloat16)
-    y = tree_attention(q, k, v, tree)
-    true = masked(*(t.detach().double() for t in (q, k, v)), tree.mask(), 8**-0.5)
-    assert y.dtype == torch.bfloat16
-    assert (y.double() - true).norm() < 0.01 * true.norm()  # 8 bits
+    exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    y, true = tree_attention(q, k, v, tree), masked(*exact, tree.mask(), 8**-0.5)
+    g = torch.ones_like(y)
+    found = [y.detach(), *torch.autograd.grad(y, (q, k, v), g)]
+    for ours, wanted in zip(found, [true.detach(), *torch.autograd.grad(true, exact, g.double())], strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert (ours.double() - wanted).norm() < 0.01 * wanted.norm()  # 8 bits
+
+
+def test_bf16_inputs_are_kept_as_they_are(narrow_products: str, path_taken: str) -> None:
+    tree = Tree.of(ends([*range(-1, 29), 9, *range(30, 49)]))
+    q, k, v = (t * 1.0 for t in inputs(50, dtype=torch.bfloat16))
+    kept = saved_bytes(lambda: tree_attention(q, k, v, tree))
+    flash = path_taken == "flash" or narrow_products == "computed in bf16"
+    result_and_log_sums = 2 * q.numel() + 4 * 4 * 50 if flash else 0
+    assert kept == 2 * (q.numel() + k.numel() + v.numel()) + result_and_log_sums
 
 
 def test_inputs_and_what_is_no_larger_are_kept(path_taken: str) -> None:

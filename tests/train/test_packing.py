@@ -12,7 +12,8 @@ from tiny_training import VOCABULARY, make_examples, make_llama
 from trimtab.data.encode import Example
 from trimtab.data.pack import pack, pack_shared
 from trimtab.errors import UsageError
-from trimtab.models.attention import attending_by_tree, seeing
+from trimtab.models.attention import attending_by_tree, seeing, why_no_tree
+from trimtab.ops import products
 from trimtab.train.loss import causal_loss
 from trimtab.train.packing import PAD, leaks, packing_for
 from trimtab.train.plan import micro_batches
@@ -98,8 +99,10 @@ def test_loss_and_gradients_are_those_of_separate_examples(name: str, packing: s
     assert (gradient - true_gradient).norm() < 1e-5 * true_gradient.norm()
 
 
+@pytest.mark.parametrize("known", [set(), {torch.bfloat16}], ids=["wide products", "own products"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_tree_differs_by_rounding_alone(dtype: torch.dtype) -> None:
+def test_the_tree_differs_by_rounding_alone(dtype: torch.dtype, known: set[torch.dtype], monkeypatch) -> None:
+    monkeypatch.setattr(products, "COMPUTED_ON_CPU", known)
     adapter = adapted(made("llama").to(dtype))
     loss, gradient = gradients(adapter, relatives(), "tree", together=True)
     true_loss, true_gradient = gradients(adapter, relatives(), "pad", together=False)
@@ -107,6 +110,21 @@ def test_the_tree_differs_by_rounding_alone(dtype: torch.dtype) -> None:
     allowed = (1e-5, 1e-5) if dtype == torch.float32 else (1e-2, 5e-2)  # bf16 keeps 8 bits; seen: 0.1 % and 1 to 2 %
     assert loss_off < allowed[0]
     assert gradient_off < allowed[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+def test_a_model_is_tried_in_its_own_dtype(name: str, dtype: torch.dtype) -> None:
+    model = made(name).to(dtype)
+    assert why_no_tree(model, 10) is None
+    model = made(name).to(dtype)
+    own = model.forward
+
+    def by_row(*args, position_ids=None, **inputs):
+        return own(*args, **inputs)
+
+    model.forward = by_row
+    assert "other logits for a tree" in (why_no_tree(model, 10) or "")
 
 
 @settings(max_examples=25, deadline=None)

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from trimtab.adapt.module import Adapted, modes_kept, subclass
 from trimtab.deltas.layout import original_class
 from trimtab.ops.gated import Activation, gated
+from trimtab.ops.precision import autocasts
+from trimtab.ops.products import frozen_linear, product_dtype
 from trimtab.ops.rms_norm import rms_norm
 from trimtab.ops.rotary import rotate
 
@@ -71,6 +73,17 @@ class RMSNormLayerFromOne(RMSNormLayer):
     offset = 1.0
 
 
+class WideLinear:
+    """Mixed in before a frozen linear layer of a dtype that the machine has no products for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = cast("nn.Linear", self)
+        if own.weight.requires_grad or x.dtype != own.weight.dtype or autocasts(x.device):
+            y: Tensor = super().forward(x)  # type: ignore[misc]
+            return y
+        return frozen_linear(x, own.weight, own.bias)
+
+
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
     """Queries and keys rotated, as transformers' function of the signature does."""
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
@@ -105,8 +118,10 @@ def fused(model: nn.Module) -> Iterator[int]:
 
 def _form_of(module: nn.Module, verdicts: dict[Any, type | None]) -> type | None:
     """The mixin that computes what the module computes; None if there is none. Asked once for each class."""
-    if isinstance(module, GatedLayer | RMSNormLayer):
+    if isinstance(module, GatedLayer | RMSNormLayer | WideLinear):
         return None
+    if type(module) is nn.Linear and product_dtype(module.weight) != module.weight.dtype:
+        return WideLinear
     forms: tuple[type, ...] = ()
     kind: Any = type(module)
     if _looks_gated(module):

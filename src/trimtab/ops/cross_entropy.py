@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from trimtab.ops.precision import wide
+from trimtab.ops.products import product_dtype
 
 Head = Callable[[Tensor], Tensor]
 BLOCK_BYTES = 2**25  # of fp32 logits: blocks of some 170 rows at 50,000 tokens, where products are already fast
@@ -40,6 +41,8 @@ def linear_cross_entropy(
     gradient is zero.
     """
     assert hidden.shape == (len(targets), weight.shape[1]), (hidden.shape, targets.shape, weight.shape)
+    dtype = product_dtype(hidden, len(hidden))
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def block(h: Tensor, t: Tensor, w: Tensor, gradient: bool) -> tuple[Tensor, list[Tensor]]:
         return _linear_block(h, t, w, weight, bias, scale, soft_cap, gradient)
@@ -130,7 +133,7 @@ def _linear_block(
     soft_cap: float | None,
     gradient: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    z = F.linear(hidden, weight, bias).to(wide(hidden.dtype))  # [rows, vocabulary]
+    z = F.linear(hidden.to(weight.dtype), weight, bias).to(wide(hidden.dtype))  # [rows, vocabulary]
     if scale != 1.0:
         z *= scale
     if soft_cap is not None:
@@ -147,8 +150,8 @@ def _linear_block(
     p[rows, targets] -= 1.0
     if soft_cap is not None:
         p.addcmul_(p, z.div_(soft_cap).square_(), value=-1.0)  # the derivative of cap is 1 - (z/c)²
-    p = p.to(hidden.dtype)
-    return loss, [(p @ weight).mul_((weights * scale).to(hidden.dtype).unsqueeze(1))]
+    to_hidden = (p.to(weight.dtype) @ weight).mul_((weights * scale).to(weight.dtype).unsqueeze(1))
+    return loss, [to_hidden.to(hidden.dtype)]
 
 
 def _head_block(

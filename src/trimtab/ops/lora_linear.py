@@ -16,6 +16,9 @@ Projections of one x are computed together within `sharing_inputs`: their A stan
 product serves all of them, and their parts of gₓ are added up in place.
 
 With dropout, A reads x ⊙ m / (1 - p): the mask m is drawn from a seed, and drawn again in backward instead of kept.
+
+Products of a dtype that the machine has no instructions for are computed in fp32 (see `products`): x and W are made
+wide for the time of one, and kept as they are.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from trimtab.ops.gated import Recipe, parts_of
 from trimtab.ops.precision import autocasts
+from trimtab.ops.products import product_dtype
 
 
 class Projection(NamedTuple):
@@ -57,7 +61,8 @@ def lora_linear(
     """x Wᵀ + b + scale (dropped(x) Aᵀ) Bᵀ.
 
     x: [..., in]. weight: [out, in], any strides; bias: [out]; both in x's dtype, and both usually frozen. A: [r, in],
-    B: [out, r]: of any floating dtype; the products run in x's, and gradients come back in the factors' own.
+    B: [out, r]: of any floating dtype; the products run in x's `product_dtype`, and gradients come back in the factors'
+    own.
     dropout: of A's input. Differentiable once. Under autocast it is the plain sum, which that knows how to cast.
     """
     rank, features = A.shape
@@ -76,14 +81,17 @@ def lora_linear(
 
 def _without_gradient(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """`lora_linear` in as few calls as may be: a model that writes one token at a time feels each of them."""
-    if A.dtype != x.dtype or B.dtype != x.dtype:
-        A, B = A.to(x.dtype), B.to(x.dtype)
+    dtype, own = product_dtype(x, x.numel() // x.shape[-1]), x.dtype
+    if dtype != own:
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if A.dtype != dtype or B.dtype != dtype:
+        A, B = A.to(dtype), B.to(dtype)
     y = F.linear(x, weight, bias)
     if x.numel() == A.shape[1]:
         y.view(-1).addmv_(B, torch.mv(A, x.reshape(-1)), alpha=scale)
     else:
         y.view(-1, y.shape[-1]).addmm_(F.linear(x, A).view(-1, A.shape[0]), B.T, alpha=scale)
-    return y
+    return y if dtype == own else y.to(own)
 
 
 def lora_linears(x: Tensor, projections: Sequence[Projection], dropout: float = 0.0) -> tuple[Tensor, ...]:
@@ -163,16 +171,17 @@ class _LoRALinears(torch.autograd.Function):
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         projections = _by_four(tensors[-4 * len(scales) :])
-        rows = x.reshape(-1, x.shape[-1])
-        H = _dropped(rows, dropout, seed) @ _stacked(projections, x.dtype).T  # [N, Σ r]
-        ctx.save_for_backward(*tensors, *([] if recipe else [x if keeps_x else H]))
+        dtype = product_dtype(x, x.numel() // x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        H = _dropped(rows, dropout, seed) @ _stacked(projections, dtype).T  # [N, Σ r]
+        ctx.save_for_backward(*tensors, *([] if recipe else [x if keeps_x else H.to(x.dtype)]))
         ctx.set_materialize_grads(False)
         ctx.rest = scales, dropout, seed, keeps_x, recipe, x.shape  # type: ignore[attr-defined]
         found = []
         for (weight, bias, _, B), h, scale in zip(projections, _columns(H, projections), scales, strict=True):
-            y = F.linear(rows, weight, bias)
-            y.addmm_(h, B.to(x.dtype).T, alpha=scale)
-            found.append(y.view(*x.shape[:-1], y.shape[-1]))
+            y = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
+            y.addmm_(h, B.to(dtype).T, alpha=scale)
+            found.append(y.to(x.dtype).view(*x.shape[:-1], y.shape[-1]))
         return tuple(found)
 
     @staticmethod
@@ -188,18 +197,19 @@ class _LoRALinears(torch.autograd.Function):
             return tuple(found)
         every = _by_four(tensors[end - 4 * len(scales) : end])
         projections = [every[i] for i in reached]
-        g = [grad.reshape(-1, grad.shape[-1]) for grad in grads if grad is not None]  # [N, out] each
+        kept, own = kept.reshape(-1, kept.shape[-1]), kept.dtype
+        dtype = product_dtype(kept, len(kept))
+        kept = kept.to(dtype)
+        g = [grad.reshape(-1, grad.shape[-1]).to(dtype) for grad in grads if grad is not None]  # [N, out] each
         G = torch.cat(  # [N, Σ r]
-            [(g_i @ B.to(kept.dtype)).mul_(scales[i]) for g_i, i, (*_, B) in zip(g, reached, projections, strict=True)],
-            1,
+            [(g_i @ B.to(dtype)).mul_(scales[i]) for g_i, i, (*_, B) in zip(g, reached, projections, strict=True)], 1
         )
-        a = _stacked(projections, kept.dtype)
+        a = _stacked(projections, dtype)
         if ctx.needs_input_grad[0]:
-            found[0] = _input_gradient(g, G, a, projections, dropout, seed).view(shape)
+            found[0] = _input_gradient(g, G, a, projections, dropout, seed).to(own).view(shape)
         H: Sequence[Tensor]  # [N, r] each
         if keeps_x:
-            rows = kept.reshape(-1, shape[-1])
-            dropped = _dropped(rows, dropout, seed)
+            dropped = _dropped(kept, dropout, seed)
             gA = torch.split(G.T @ dropped, [A.shape[0] for _, _, A, _ in projections])
             H = _columns(dropped @ a.T, projections)
         else:
@@ -208,8 +218,8 @@ class _LoRALinears(torch.autograd.Function):
             first = len(found) - 4 * (len(scales) - i)
             needed = ctx.needs_input_grad[first : first + 4]
             found[first : first + 4] = [
-                g[at].T @ rows if needed[0] else None,
-                g[at].sum(0) if needed[1] else None,
+                (g[at].T @ kept).to(own) if needed[0] else None,
+                g[at].sum(0).to(own) if needed[1] else None,
                 gA[at].to(A.dtype) if needed[2] else None,
                 (g[at].T @ H[at]).mul_(scales[i]).to(B.dtype) if needed[3] else None,
             ]
@@ -220,9 +230,9 @@ def _input_gradient(
     g: Sequence[Tensor], G: Tensor, a: Tensor, projections: Sequence[tuple[Tensor, ...]], dropout: float, seed: int
 ) -> Tensor:
     """gₓ [N, in] of the projections together. a: their A below one another."""
-    gx = g[0] @ projections[0][0]
+    gx = g[0] @ projections[0][0].to(G.dtype)
     for g_i, (weight, *_) in zip(g[1:], projections[1:], strict=True):
-        gx.addmm_(g_i, weight)
+        gx.addmm_(g_i, weight.to(G.dtype))
     return gx.add_(_dropped(G @ a, dropout, seed)) if dropout else gx.addmm_(G, a)
 
 

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from trimtab.ops.precision import wide
+from trimtab.ops.products import product_dtype
 
 Segment = tuple[int, int, int]
 """(a, b, e): the tokens [a, b) without a branch among them, and the end e that they share."""
@@ -130,7 +131,7 @@ def tree_attention(
     if query.device.type != "cpu":
         return _flex(query, key, value, tree, scale)
     out: Tensor
-    if tree.longest <= LONGEST and query.dtype == wide(query.dtype):
+    if tree.longest <= LONGEST and product_dtype(query) == wide(query.dtype):
         out = _Blocked.apply(query, key, value, tree.blocks, scale)  # type: ignore[no-untyped-call]
     else:
         out = _Segmented.apply(query, key, value, tree.segments, scale)  # type: ignore[no-untyped-call]
@@ -173,12 +174,14 @@ class _Blocked(torch.autograd.Function):
         ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, blocks: tuple[Block, ...], scale: float
     ) -> Tensor:
         out, o = _token_major(query, key.shape[0])
-        q = (query * scale).view(o.shape)
+        wide_query, wide_key, wide_value = _wide(query, key, value)
+        q = (wide_query * scale).view(o.shape)
         kept = []
+        most = KEPT * query.shape[-1] if q.dtype == query.dtype else 0
         for rows, path in blocks:
-            p = _probabilities(_rows(q, rows), _along(key, path), rows)
-            o[:, :, slice(*rows)] = (p @ _along(value, path)).view(*o.shape[:2], -1, o.shape[3])
-            kept.append(p if p.shape[-1] <= KEPT * query.shape[-1] else None)
+            p = _probabilities(_rows(q, rows), _along(wide_key, path), rows)
+            o[:, :, slice(*rows)] = (p @ _along(wide_value, path)).view(*o.shape[:2], -1, o.shape[3])
+            kept.append(p if p.shape[-1] <= most else None)
         ctx.save_for_backward(query, key, value, *kept)  # type: ignore[arg-type]
         ctx.rest = blocks, scale  # type: ignore[attr-defined]
         return out
@@ -187,6 +190,8 @@ class _Blocked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *kept = ctx.saved_tensors
+        narrow = query.dtype
+        query, key, value, grad = _wide(query, key, value, grad)
         blocks, scale = ctx.rest
         to_query, gq = _token_major(query, key.shape[0])
         to_key, to_value = torch.zeros_like(key), torch.zeros_like(value)
@@ -201,7 +206,12 @@ class _Blocked(torch.autograd.Function):
                 to_key[:, a:b] += gk[:, at : at + b - a]
                 to_value[:, a:b] += gv[:, at : at + b - a]
                 at += b - a
-        return to_query.mul_(scale), to_key, to_value, None, None
+        return to_query.mul_(scale).to(narrow), to_key.to(narrow), to_value.to(narrow), None, None
+
+
+def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype in which their products are computed."""
+    return tuple(t.to(product_dtype(t)) for t in tensors)
 
 
 def _rows(t: Tensor, rows: Span) -> Tensor:
@@ -257,8 +267,8 @@ class _Segmented(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, segments: tuple[Segment, ...], scale: float
     ) -> Tensor:
-        q, k, v = _grouped(query, key, value)  # [key_heads, groups, N, width]
-        out, o = _token_major(query, key.shape[0])
+        q, k, v = _grouped(*_wide(query, key, value))  # [key_heads, groups, N, width]
+        out, o = _token_major(q.view(query.shape), key.shape[0])
         log_sum = q.new_empty(q.shape[:3], dtype=wide(q.dtype))
         for a, b, _ in segments:
             own = slice(a, b)
@@ -269,6 +279,7 @@ class _Segmented(torch.autograd.Function):
             if b < end:
                 part = _forward(q[:, :, b:end], k[:, :, a:b], v[:, :, a:b], scale=scale)
                 _combine(o[:, :, b:end], log_sum[:, :, b:end], *part)
+        out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, log_sum)
         ctx.rest = segments, scale  # type: ignore[attr-defined]
         return out
@@ -277,7 +288,8 @@ class _Segmented(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, log_sum = ctx.saved_tensors
-        segments, scale = ctx.rest
+        narrow, (segments, scale) = query.dtype, ctx.rest
+        query, key, value, out, grad = _wide(query, key, value, out, grad)
         q, k, v = _grouped(query, key, value)
         o, g = out.view(q.shape), grad.view(q.shape)
         gq, gk, gv = (torch.zeros(q.shape, dtype=wide(q.dtype), device=q.device) for _ in range(3))
@@ -298,8 +310,7 @@ class _Segmented(torch.autograd.Function):
                     gq[:, :, rows] += part[0]
                     gk[:, :, a:b] += part[1]
                     gv[:, :, a:b] += part[2]
-        to_query = gq.view(query.shape).to(query.dtype)
-        return to_query, gk.sum(1).to(key.dtype), gv.sum(1).to(value.dtype), None, None
+        return gq.view(query.shape).to(narrow), gk.sum(1).to(narrow), gv.sum(1).to(narrow), None, None
 
 
 def _grouped(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 from trimtab.data.batch import Batch
 from trimtab.data.encode import Example
 from trimtab.errors import UsageError
+from trimtab.models.fused import fused
 from trimtab.tasks.evaluating import device_of, evaluating
 from trimtab.tasks.knowledge import Question
 from trimtab.tasks.statistics import Interval, bootstrap, mean
@@ -98,7 +99,7 @@ def log_likelihoods(
     of every batch when it is done, in their order.
     """
     packing = packing_of(model, "auto", [example for batch in batches for question in batch for example in question])
-    with evaluating(model), packing.on(model):
+    with evaluating(model), fused(model), packing.on(model):
         for number, batch in enumerate(batches):
             together = [example for question in batch for example in question]
             sums = iter(_sums(model, packing.build_eval(together, 0), together))
