@@ -1,12 +1,13 @@
 """Does LoRA-Dash pay? LoRA and Dash of rank 2 and 16, and Dash with directions that no change rate chose.
 
-usage: python benchmarks/dash_study.py --model DIR --data DIR [--threads 2] [--seeds 0 1 2]
+usage: python benchmarks/dash_study.py --model DIR --data DIR [--threads 2] [--seeds 0 1 2] [--arms "LoRA r=2" ...]
     [--out benchmarks/results/dash_study.jsonl]
 
 Commonsense questions of four training sets mixed, the loss on the response alone. First each arm's learning rate: every
 arm is trained once at each of RATES, and the rate with the lowest loss on held-out training questions is taken. Then
 every arm is trained at its rate with each seed, and asked the test questions by likelihood. A run is one line of the
-file, and a run that stands there is not run again. `dash_study_report.py` says what the lines come to.
+file, and a run that stands there is not run again. `dash_study_report.py` says what the lines come to. An arm's runs need
+no other arm's, so that two processes can share the arms, each with a file of its own.
 """
 
 from __future__ import annotations
@@ -159,6 +160,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=(*ARMS, BARE), default=[*ARMS, BARE])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "dash_study.jsonl")
     for field in dataclasses.fields(Sizes):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
@@ -170,13 +172,15 @@ def main() -> None:
     keep_freed_memory()
     torch.set_num_threads(asked["threads"])
     sizes = Sizes(**{field.name: asked[field.name] for field in dataclasses.fields(Sizes)})
+    arms = [arm for arm in ARMS if arm in asked["arms"]]
     study = Study(asked["model"], asked["data"], asked["out"], sizes)
     for lr in RATES:
-        for arm in ARMS:
+        for arm in arms:
             study.run(arm, lr, TUNING_SEED)
-    study.bare()
+    if BARE in asked["arms"]:
+        study.bare()
     for seed in asked["seeds"]:
-        for arm in ARMS:
+        for arm in arms:
             study.run(arm, chosen_rate(stored(asked["out"], study.about), arm), seed)
 
 

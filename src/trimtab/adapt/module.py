@@ -88,11 +88,9 @@ class Adapted(_Reclassed):
 
     def _as(self, names: Sequence[str], args: Any, kwargs: Any) -> Any:
         """The module's output with the named adapters."""
-        own = self.deltas._modules  # past nn.ModuleDict, which is slow: this is asked for every token
-        deltas = cast("list[Delta]", [own[name] for name in names if name in own])
-        copies = cast("list[Copies]", [self.copies[n] for n in names if n in self.copies] if self.copies else [])
-        if not copies:
-            return self._changed(deltas, args, kwargs)
+        if self.copies is None:
+            return self._changed(names, args, kwargs)
+        copies = cast("list[Copies]", [self.copies[name] for name in names if name in self.copies])
         module = cast("nn.Module", self)
         parameters, buffers, training = dict(module._parameters), dict(module._buffers), module.training
         for copy in copies:
@@ -101,7 +99,7 @@ class Adapted(_Reclassed):
                 module._buffers.update(copy._buffers)
                 module.training = copy.training
         try:
-            return self._changed(deltas, args, kwargs)
+            return self._changed(names, args, kwargs)
         finally:
             for copy in copies:  # a forward may put new tensors in the place of its buffers
                 copy._buffers.update({name: module._buffers[name] for name in copy._buffers})
@@ -109,15 +107,20 @@ class Adapted(_Reclassed):
             module._buffers.update(buffers)
             module.training = training
 
-    def _changed(self, deltas: list[Delta], args: Any, kwargs: Any) -> Any:
-        if not deltas:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        weight, bias = cast("Tensor", self.weight), cast("Tensor | None", getattr(self, "bias", None))  # type: ignore[attr-defined]
-        y = deltas[0](x, weight, bias)
-        for delta in deltas[1:]:
-            y = y + delta.branch(x, weight, bias)
-        return y
+    def _changed(self, names: Sequence[str], args: Any, kwargs: Any) -> Any:
+        # A model that writes one token at a time feels every lookup here: those of nn.Module, which are slow, are
+        # passed by, and deltas are not called through it.
+        own: Any = self
+        deltas, y = own._modules["deltas"]._modules, None
+        for name in names:
+            delta: Delta | None = deltas.get(name)
+            if delta is not None:
+                x = args[0] if args else next(iter(kwargs.values()))
+                weight, bias = own._parameters.get("weight"), own._parameters.get("bias")
+                weight = own.weight if weight is None else weight
+                bias = getattr(own, "bias", None) if bias is None else bias
+                y = delta.forward(x, weight, bias) if y is None else y + delta.branch(x, weight, bias)
+        return super().forward(*args, **kwargs) if y is None else y  # type: ignore[misc]
 
     def _routed(self, args: Any, kwargs: Any) -> Any:
         """Each row of the batch through its own adapter: groups of rows, put back in order."""

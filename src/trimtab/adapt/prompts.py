@@ -67,26 +67,27 @@ class Prompted(Adapted):
             )
         return self._as([name for name in names if name is not None], args, kwargs)
 
-    def _changed(self, deltas: list[Any], args: Any, kwargs: Any) -> Any:
-        prompt = self._prompt(deltas)
+    def _changed(self, names: Sequence[str], args: Any, kwargs: Any) -> Any:
+        prompt = self._prompt(names)
         if prompt is None:
-            return super()._changed([], args, kwargs)
-        names = inspect.signature(cast("Any", type(self)).original_class.forward).parameters
-        inputs = {**dict(zip(list(names)[1:], args, strict=False)), **kwargs}
+            return super()._changed((), args, kwargs)
+        taken = inspect.signature(cast("Any", type(self)).original_class.forward).parameters
+        inputs = {**dict(zip(list(taken)[1:], args, strict=False)), **kwargs}
         inputs.pop("cache_position", None)  # where a model asks for it, it counts what is in the cache by itself
         text = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         cache = inputs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
         _refuse_too_long(self, past + (0 if past else prompt.length) + text.shape[1], prompt)
         before = 0 if past or prompt.method.in_every_layer else prompt.length
-        _make_room(inputs, prompt.length, before, text, "position_ids" in names)
+        _make_room(inputs, prompt.length, before, text, "position_ids" in taken)
         if not past and prompt.method.in_every_layer:
             self._fill_cache(inputs, prompt, text.shape[0])
         elif not past:
             self._put_before(inputs, prompt)
-        return _of_text(super()._changed([], (), inputs), before)
+        return _of_text(super()._changed((), (), inputs), before)
 
-    def _prompt(self, prompts: Sequence[Prompt]) -> Prompt | None:
+    def _prompt(self, names: Sequence[str]) -> Prompt | None:
+        prompts = cast("list[Prompt]", [self.deltas[name] for name in names if name in self.deltas])
         if len(prompts) > 1:
             raise UsageError(f"{len(prompts)} soft prompts are enabled at once: switch to one of them")
         return prompts[0] if prompts else None
@@ -110,7 +111,7 @@ class Prompted(Adapted):
 
     def places(self, positions: Tensor, length: int) -> Tensor:
         """Where positions of the flattened text, of rows of `length` tokens, are in the layers of the backbone."""
-        prompt = self._prompt(cast("Any", [self.deltas[name] for name in self._active if name in self.deltas]))
+        prompt = self._prompt(self._active)
         if prompt is None or prompt.method.in_every_layer:
             return positions
         return positions + prompt.length * (positions // length + 1)

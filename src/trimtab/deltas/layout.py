@@ -28,6 +28,8 @@ class Layout:
     kind = "linear"
     lookup = False
     """Whether the input holds row numbers (an embedding) and not features."""
+    linear = False
+    """Whether the map is x Wᵀ + b with W the matrix."""
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The weight as [out, in], a view where the memory allows."""
@@ -53,11 +55,14 @@ class Layout:
 class LinearLayout(Layout):
     """nn.Linear: the weight is [out, in] itself."""
 
+    linear = True
+
 
 class Conv1DLayout(Layout):
     """transformers' Conv1D (GPT-2): a linear layer that stores its weight as [in, out]."""
 
     kind = "conv1d-transposed"
+    linear = True
 
     def matrix(self, weight: Tensor) -> Tensor:
         return weight.T

@@ -44,3 +44,6 @@ class LoRAFADelta(LoRADelta):
         super().__init__(method, layout, A, B)
         del self._parameters["A"]
         self._buffers["A"] = A
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        return self.A, self.B

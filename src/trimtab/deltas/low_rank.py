@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.deltas.delta import Delta, wide
-from trimtab.deltas.layout import Conv1DLayout, Layout, LinearLayout
+from trimtab.deltas.layout import Layout
 from trimtab.ops.lora_linear import lora_linear
 
 
@@ -59,8 +59,7 @@ class LowRankDelta(Delta):
     @property
     def fused(self) -> bool:
         """Whether the base and the branch are computed as one step of autograd."""
-        apart = self.exact or (self.undropped and self.dropout > 0)
-        return not apart and isinstance(self.layout, (LinearLayout, Conv1DLayout))
+        return self.layout.linear and not (self.exact or (self.undropped and self.dropout))
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.fused:

@@ -65,13 +65,13 @@ def lora_linear(
     own.
     dropout: of A's input. Differentiable once. Under autocast it is the plain sum, which that knows how to cast.
     """
-    rank, features = A.shape
-    assert x.shape[-1] == features == weight.shape[1], (x.shape, A.shape, weight.shape)
-    assert B.shape == (weight.shape[0], rank), (B.shape, weight.shape)
     if autocasts(x.device):
         return F.linear(x, weight, bias) + scale * F.linear(F.linear(F.dropout(x, dropout), A), B)
     if not (torch.is_grad_enabled() or dropout):
         return _without_gradient(x, weight, bias, A, B, scale)
+    rank, features = A.shape
+    assert x.shape[-1] == features == weight.shape[1], (x.shape, A.shape, weight.shape)
+    assert B.shape == (weight.shape[0], rank), (B.shape, weight.shape)
     own = Projection(weight, bias, A, B, scale)
     shared = None if torch.compiler.is_compiling() else _shared.get()
     if shared is not None and not dropout and A.is_leaf and B.is_leaf:  # factors made for this call do not come again
@@ -81,17 +81,18 @@ def lora_linear(
 
 def _without_gradient(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """`lora_linear` in as few calls as may be: a model that writes one token at a time feels each of them."""
-    dtype, own = product_dtype(x, x.numel() // x.shape[-1]), x.dtype
-    if dtype != own:
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if A.dtype != dtype or B.dtype != dtype:
+    own, rows = x.dtype, x.numel() // A.size(1)
+    dtype = product_dtype(x, rows)
+    if A.dtype is not dtype or B.dtype is not dtype:
         A, B = A.to(dtype), B.to(dtype)
+    if dtype is not own:
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     y = F.linear(x, weight, bias)
-    if x.numel() == A.shape[1]:
+    if rows == 1:
         y.view(-1).addmv_(B, torch.mv(A, x.reshape(-1)), alpha=scale)
     else:
-        y.view(-1, y.shape[-1]).addmm_(F.linear(x, A).view(-1, A.shape[0]), B.T, alpha=scale)
-    return y if dtype == own else y.to(own)
+        y.view(rows, y.size(-1)).addmm_(F.linear(x, A).view(rows, A.size(0)), B.T, alpha=scale)
+    return y if dtype is own else y.to(own)
 
 
 def lora_linears(x: Tensor, projections: Sequence[Projection], dropout: float = 0.0) -> tuple[Tensor, ...]:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 
 def autocasts(device: torch.device) -> bool:
     """Whether operations on a device choose their dtypes by themselves now."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    kind = device.type
+    return _autocast_exists(kind) and torch.is_autocast_enabled(kind)
+
+
+_autocast_exists = functools.cache(torch.amp.is_autocast_available)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -24,6 +24,7 @@ def _computed_on_cpu() -> set[torch.dtype]:
     return {dtype for dtype, supported in known.items() if supported()}
 
 
+NARROW = (torch.bfloat16, torch.float16)
 COMPUTED_ON_CPU = _computed_on_cpu()
 FEW = 4
 """Rows up to which making a matrix wide takes longer than the slow product does."""
@@ -31,9 +32,10 @@ FEW = 4
 
 def product_dtype(x: Tensor, rows: int | None = None) -> torch.dtype:
     """The dtype in which products with x's rows are computed; its own nearly everywhere. rows: how many they are."""
-    narrow = x.dtype in (torch.bfloat16, torch.float16) and x.device.type == "cpu"
-    slow = narrow and x.dtype not in COMPUTED_ON_CPU
-    return torch.float32 if slow and (rows is None or rows > FEW) else x.dtype
+    dtype = x.dtype
+    if dtype not in NARROW or dtype in COMPUTED_ON_CPU or x.device.type != "cpu":
+        return dtype
+    return torch.float32 if rows is None or rows > FEW else dtype
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
