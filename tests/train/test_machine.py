@@ -20,6 +20,11 @@ def threads_restored():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def a_cpu_with_bf16(monkeypatch):
+    monkeypatch.setattr(machine, "COMPUTED_ON_CPU", {torch.bfloat16})
+
+
 def test_given_values_are_taken_as_they_are():
     chosen = machine.choose(1, "bfloat16")
     assert (chosen.threads, chosen.dtype, torch.get_num_threads()) == (1, torch.bfloat16, 1)
@@ -41,6 +46,17 @@ def test_the_fastest_is_chosen_and_told(monkeypatch, speeds, threads, dtype):
     chosen = machine.choose()
     assert (chosen.threads, chosen.dtype) == (threads, dtype)
     assert "1 thread 50, 4 threads" in chosen.reason
+
+
+def test_a_dtype_without_instructions_is_not_tried(monkeypatch):
+    speeds = {(1, torch.float32): 50, (4, torch.float32): 90}
+    monkeypatch.setattr(machine, "COMPUTED_ON_CPU", set())
+    monkeypatch.setattr(machine, "_speed", lambda count, kind: float(speeds[count, kind]))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: range(4))
+    chosen = machine.choose()
+    assert (chosen.threads, chosen.dtype) == (4, torch.float32)
+    assert "bf16 has no instructions" in chosen.reason
 
 
 def test_one_thread_is_taken_only_where_it_is_clearly_faster(monkeypatch):

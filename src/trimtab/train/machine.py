@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trimtab.errors import UsageError
 from trimtab.models.dtypes import torch_dtype
+from trimtab.ops.products import COMPUTED_ON_CPU
 
 CLEARLY = 1.1  # how many times as fast anything but the default must be to be taken
 ROUNDS, SECONDS = 5, 0.05  # of a measurement: at most so many, and none begun after so long
@@ -34,8 +35,9 @@ def choose(threads: int | None = None, dtype: str = "auto") -> Choice:
     """Set torch's threads and say which dtype to load a model in.
 
     A given value is taken as it is. Otherwise a matrix product the size of a small model's layer is timed: with one
-    thread and all, since threads that wait for each other on shared cores can be slower than one; and in bf16, for
-    many CPUs compute it slowly. All cores and fp32 are kept unless the other is faster by a tenth. Takes 0.2 s at most.
+    thread and all, since threads that wait for each other on shared cores can be slower than one; and in bf16 where the
+    CPU has instructions for it, which need not be fast. All cores and fp32 are kept unless the other is faster by a
+    tenth. Takes 0.2 s at most.
     Raises UsageError for more threads than there are cores.
     """
     cores = _cores()
@@ -56,7 +58,9 @@ def choose(threads: int | None = None, dtype: str = "auto") -> Choice:
     best = 1 if 1 in fp32 and fp32[1] > CLEARLY * fp32[counts[-1]] else counts[-1]
     told = ", ".join(f"{count} thread{'s' * (count > 1)} {speed:.0f}" for count, speed in fp32.items())
     reason, fast = f"fp32 GFLOP/s: {told}", torch.float32
-    if dtype == "auto":
+    if dtype == "auto" and torch.bfloat16 not in COMPUTED_ON_CPU:
+        reason += "; bf16 has no instructions here"
+    elif dtype == "auto":
         both = _speeds([(best, torch.float32), (best, torch.bfloat16)])
         bf16 = both[best, torch.bfloat16]
         # Against both measurements of fp32: one of them may have met a busy moment.
