@@ -1,6 +1,7 @@
 """Seconds of decoding, and of scoring four-choice questions: trimtab beside PEFT and the bare model, in turn.
 
 usage: python benchmarks/inference.py --model DIR [--rounds 9] [--threads 1] [--tokens 32] [--questions 24]
+    [--dtype float32]
 
 Decoding: greedy, batch 1, by transformers' generate on both sides. Scoring: the questions shipped with trimtab, against
 one full forward for each choice. Prints one JSON line with medians, quartiles and ratios.
@@ -70,12 +71,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--questions", type=int, default=24)
+    parser.add_argument("--dtype", default="float32")
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
     tokenizer = AutoTokenizer.from_pretrained(flags.model)
 
     def load() -> Any:
-        return AutoModelForCausalLM.from_pretrained(flags.model, dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_pretrained(flags.model, dtype=getattr(torch, flags.dtype)).eval()
 
     base, adapted, merged = load(), load(), load()
     trimtab.attach(adapted, trimtab.LoRA(rank=16, alpha=32))
