@@ -1,0 +1,80 @@
+"""Where a curve crosses a threshold, and the interval of that."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trimtab.errors import UsageError
+from trimtab.subspace.crossing import Threshold, crossing, isotonic
+
+
+def curve(d90: float, noise: float = 0.0, seeds: int = 3) -> dict[int, list[float]]:
+    """Accuracy that passes 0.9 at d90, logistic in log d, with a seed's own shift of it."""
+    random = np.random.default_rng(0)
+    shifts = np.exp(noise * random.standard_normal(seeds))
+    return {
+        d: [1 / (1 + math.exp(-2 * math.log(d / (d90 * s)) - math.log(9))) for s in shifts.tolist()]
+        for d in (50, 100, 200, 300, 400, 500, 600, 700, 800, 1000, 1500)
+    }
+
+
+@pytest.mark.parametrize("d90", [137.0, 512.0, 733.0])
+def test_a_curve_without_noise_gives_its_own_d90_and_no_interval(d90: float) -> None:
+    found = crossing(curve(d90), [1.0, 1.0], Threshold("local", 0.9))
+    assert found.d == pytest.approx(d90, rel=0.01)  # linear between two d
+    assert (found.low, found.high) == (found.d, found.d)
+    assert found.first == next(d for d in sorted(curve(d90)) if d > d90)
+
+
+def test_seeds_that_differ_widen_the_interval_and_it_holds_the_truth() -> None:
+    narrow, wide = (crossing(curve(500, noise, 6), [1.0], Threshold("global", 0.9)) for noise in (0.02, 0.3))
+    assert narrow.high - narrow.low < wide.high - wide.low
+    assert wide.low < 500 < wide.high
+    assert wide.low < wide.d < wide.high
+
+
+def test_a_baseline_that_differs_by_seed_widens_a_local_interval_alone() -> None:
+    scores = curve(500)
+    local = crossing(scores, [0.97, 0.99, 1.0], Threshold("local", 0.9))
+    absolute = crossing(scores, [0.97, 0.99, 1.0], Threshold("absolute", 0.9))
+    assert local.low < local.d < local.high
+    assert absolute.low == absolute.high
+    assert local.threshold == pytest.approx(0.9 * (0.97 + 0.99 + 1.0) / 3)
+
+
+def test_what_was_not_reached_or_never_missed_is_said() -> None:
+    assert crossing({10: [0.1], 20: [0.2]}, [1.0], Threshold()).d == math.inf
+    assert crossing({10: [0.1], 20: [0.2]}, [1.0], Threshold()).first is None
+    reached = crossing({10: [0.95], 20: [0.99]}, [1.0], Threshold())
+    assert (reached.d, reached.first) == (0.0, 10)
+
+
+def test_the_paper_takes_what_is_above_and_not_what_is_equal() -> None:
+    assert crossing({10: [0.5], 20: [0.9], 30: [0.95]}, [1.0], Threshold("global", 0.9)).first == 30
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_the_fit_does_not_fall_and_keeps_the_mean(values: list[float]) -> None:
+    fitted = isotonic(np.array(values), np.ones(len(values)))
+    assert (np.diff(fitted) >= -1e-12).all()
+    assert fitted.mean() == pytest.approx(np.mean(values), abs=1e-9)
+    if (np.diff(values) >= 0).all():
+        np.testing.assert_allclose(fitted, values, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Threshold("relative"), lambda: Threshold("local", 0.0), lambda: Threshold("global", 1.2)]
+)
+def test_thresholds_that_are_none_are_refused(make) -> None:
+    with pytest.raises(UsageError, match="threshold"):
+        make()
+
+
+def test_no_runs_are_refused() -> None:
+    with pytest.raises(UsageError, match="no runs"):
+        crossing({}, [1.0], Threshold())
