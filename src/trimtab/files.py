@@ -171,6 +171,24 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def whole_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Number and content of each line of a JSON-lines file; of none where there is no file.
+
+    A last line that a kill cut short is taken off the file. FormatError for any other that is not JSON.
+    """
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)
+    for number, line in enumerate(content[:whole].splitlines(), start=1):
+        try:
+            yield number, json.loads(line)
+        except ValueError as error:
+            raise FormatError(f"{path} line {number} is not JSON: choose another folder, or empty this one") from error
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Raise what safetensors says of a full disk and the like as the OSError it is."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from trimtab.errors import FormatError, UsageError
-from trimtab.files import read_json, storage_error, write_whole
+from trimtab.files import read_json, storage_error, whole_lines, write_whole
 
 LINES, MADE_WITH = "examples.jsonl", "evaluation.json"
 
@@ -65,7 +64,7 @@ class Results:
             _refuse_other(before, setup, beside)
             data = before["data"] | data
         write_whole(beside, json.dumps({**asdict(setup), "data": data}, indent=2, ensure_ascii=False) + "\n")
-        self._lines = list(_whole_lines(self._path))
+        self._lines = list(whole_lines(self._path))
 
     def done(self, task: str, prompts: Mapping[int, str]) -> dict[int, Outcome]:
         """What is there already, by index, of the questions whose prompts have these hashes. UsageError for others."""
@@ -104,21 +103,6 @@ def _line(task: str, outcome: Outcome) -> dict[str, Any]:
     fields = asdict(outcome)
     unused = "text" if outcome.text is None else "scores"
     return {"task": task, **{key: value for key, value in fields.items() if key != unused}}
-
-
-def _whole_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Number and content of each line. A last one that a kill cut short is taken off the file: it will come again."""
-    if not path.exists():
-        return
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(path, whole)
-    for number, line in enumerate(content[:whole].splitlines(), start=1):
-        try:
-            yield number, json.loads(line)
-        except ValueError as error:
-            raise FormatError(f"{path} line {number} is not JSON: {_OTHER}") from error
 
 
 def _refuse_other(before: Mapping[str, Any], setup: Setup, file: Path) -> None:

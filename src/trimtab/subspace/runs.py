@@ -1,0 +1,156 @@
+"""The runs of a search: trained side by side, kept as they end, and not trained twice."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from trimtab.errors import FormatError, UsageError
+from trimtab.files import read_json, storage_error, whole_lines, write_whole
+from trimtab.subspace.training import Outcome
+
+MADE_WITH, RUNS = "search.json", "runs.jsonl"
+
+
+class Run(NamedTuple):
+    """One training. d: dimensions of the subspace, or None for all parameters directly. lr: the optimizer's."""
+
+    d: int | None
+    seed: int
+    lr: float
+
+
+Trainer = Callable[[Run], Outcome]
+
+
+class Runs:
+    """Runs of one problem under one protocol, in a folder or in memory.
+
+    make: gives the trainer; called once in every worker, so it is to be a function that can be sent to another process
+    (a partial of one). about: what the runs depend on besides d, seed and lr, as plain values: a folder holds the runs
+    of one such setting. workers: processes at once, each with `threads` threads. told(run, outcome) hears of each new
+    run.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Trainer],
+        about: Mapping[str, Any],
+        folder: Path | None = None,
+        *,
+        workers: int = 1,
+        threads: int = 1,
+        told: Callable[[Run, Outcome], None] | None = None,
+    ) -> None:
+        if workers < 1:
+            raise UsageError(f"workers is {workers}, but must be at least 1")
+        self._make, self._folder, self._workers, self._threads, self._told = make, folder, workers, threads, told
+        self._trainer: Trainer | None = None
+        self._pool: concurrent.futures.ProcessPoolExecutor | None = None
+        self._known: dict[Run, Outcome] = {}
+        if folder is not None:
+            self._open(folder, json.loads(json.dumps(about)))
+
+    def _open(self, folder: Path, about: dict[str, Any]) -> None:
+        beside = folder / MADE_WITH
+        if beside.exists():
+            before = read_json(beside)
+            others = [key for key in {**before, **about} if before.get(key) != about.get(key)]
+            if others:
+                told = "; ".join(f"{key} {before.get(key)!r}, but now {about.get(key)!r}" for key in others)
+                raise UsageError(f"{folder} holds the runs of another search: {told}: choose another folder")
+        elif (folder / RUNS).exists():
+            raise UsageError(f"{folder / RUNS} is there without {MADE_WITH}: choose another folder, or empty this one")
+        write_whole(beside, json.dumps(about, indent=2) + "\n")
+        for number, line in whole_lines(folder / RUNS):
+            try:
+                run, outcome = Run(**line["run"]), Outcome(**line["outcome"])
+            except (TypeError, KeyError) as error:
+                raise FormatError(f"{folder / RUNS} line {number} is no run of a search: empty {folder}") from error
+            self._known[run] = outcome
+
+    def outcomes(self, wanted: Iterable[Run]) -> list[Outcome]:
+        """Of each run, in the order asked for; those that are not there yet are trained, `workers` at a time."""
+        runs = list(wanted)
+        missing = [run for run in dict.fromkeys(runs) if run not in self._known]
+        for run, outcome in self._trained(missing):
+            self._known[run] = outcome
+            self._keep(run, outcome)
+            if self._told is not None:
+                self._told(run, outcome)
+        return [self._known[run] for run in runs]
+
+    @property
+    def known(self) -> Mapping[Run, Outcome]:
+        """Every run there is."""
+        return self._known
+
+    def _trained(self, missing: Sequence[Run]) -> Iterator[tuple[Run, Outcome]]:
+        if self._workers == 1 or (len(missing) < 2 and self._pool is None):
+            for run in missing:
+                if self._trainer is None:
+                    self._trainer = self._make()
+                yield run, self._trainer(run)
+            return
+        if self._pool is None:
+            self._pool = concurrent.futures.ProcessPoolExecutor(
+                self._workers,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_start,
+                initargs=(self._make, self._threads),
+            )
+        waiting = {self._pool.submit(_train, run): run for run in missing}
+        for done in concurrent.futures.as_completed(waiting):
+            yield waiting[done], done.result()
+
+    def _keep(self, run: Run, outcome: Outcome) -> None:
+        if self._folder is None:
+            return
+        path = self._folder / RUNS
+        line = json.dumps({"run": run._asdict(), "outcome": dataclasses.asdict(outcome)})
+        try:
+            with path.open("ab") as file:
+                file.write(f"{line}\n".encode())
+        except OSError as error:
+            raise storage_error(error, path) from error
+
+    def close(self) -> None:
+        """End the workers; what they are at is dropped."""
+        if self._pool is not None:
+            for process in list(getattr(self._pool, "_processes", {}).values()):
+                process.terminate()
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+
+@contextmanager
+def closing(runs: Runs) -> Iterator[Runs]:
+    """Within the block workers may be there; after it, however it ends, they are not."""
+    try:
+        yield runs
+    finally:
+        runs.close()
+
+
+_own: Trainer | None = None  # of a worker process
+
+
+def _start(make: Callable[[], Trainer], threads: int) -> None:
+    global _own
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    import torch
+
+    torch.set_num_threads(threads)
+    _own = make()
+
+
+def _train(run: Run) -> Outcome:
+    assert _own is not None
+    return _own(run)

@@ -1,0 +1,194 @@
+"""The search for an intrinsic dimension: bracket d by factors, then halve the bracket on the scale of log d.
+
+Every d is trained with every seed, which draws θ0, P and the order of the data; what was trained stays (see `runs`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from trimtab.errors import TrimtabError, UsageError
+from trimtab.subspace.crossing import Crossing, Threshold, crossing
+from trimtab.subspace.runs import Run, Runs
+from trimtab.subspace.training import Outcome
+
+FACTOR = 4
+"""By which d is raised, or lowered, until the threshold lies between two of them."""
+SWEEP_SEED = 10_000
+"""The seed with which learning rates are compared: none that is measured with."""
+
+
+class NoDimension(TrimtabError, ValueError):
+    """There is no intrinsic dimension to find: the threshold says nothing, or training itself failed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a search goes.
+
+    seeds: how many, at least 2 for an interval. resolution: the search ends with a bracket whose ends are at most this
+    ratio apart. start: the first d; by default √D. grid: exactly these d instead of a search.
+    lr: of training all parameters. lr_scale: sqrt multiplies it by √(D/d) in a subspace, since with unit columns a
+    step of Adam moves θ by lr √d and not by lr √D; none leaves it as the papers do. rates: multiples of it to choose
+    from at every d and for the baseline alike, by the validation score with a seed of its own.
+    """
+
+    seeds: int = 3
+    threshold: Threshold = dataclasses.field(default_factory=Threshold)
+    resolution: float = 1.2
+    start: int | None = None
+    grid: tuple[int, ...] = ()
+    lr: float = 1e-3
+    lr_scale: str = "sqrt"
+    rates: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.seeds < 1:
+            problems.append(f"seeds is {self.seeds}, but must be at least 1")
+        if not self.resolution >= 1:
+            problems.append(f"resolution is {self.resolution}, but must be at least 1")
+        if self.lr_scale not in ("sqrt", "none"):
+            problems.append(f"lr_scale is '{self.lr_scale}', but must be sqrt or none")
+        if not self.rates or not all(rate > 0 for rate in self.rates):
+            problems.append(f"rates are {list(self.rates)}, but must be numbers above 0")
+        if problems:
+            raise UsageError("; ".join(problems))
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What a search came to.
+
+    crossing: d90, its interval and the fit. scores: of the split that counts, by d and seed. baseline: of training all
+    D parameters. rates: learning rate by d, D for the baseline. diverged: runs whose loss ended no number or above
+    where it began.
+    """
+
+    D: int
+    crossing: Crossing
+    scores: Mapping[int, tuple[float, ...]]
+    baseline: tuple[float, ...]
+    rates: Mapping[int, float]
+    diverged: int
+    chance: float
+    plan: Plan
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON; what was not reached is null."""
+        plain = dataclasses.asdict(self)
+        plain["crossing"] = {k: None if v == math.inf else v for k, v in plain["crossing"].items()}
+        return plain
+
+
+def measure(
+    runs: Runs,
+    D: int,
+    plan: Plan,
+    *,
+    scored: str,
+    chance: float,
+    examples: int,
+    at: Callable[[str], None] | None = None,
+) -> Measured:
+    """Find d90.
+
+    scored: the split whose score counts. chance: what guessing scores there, on so many `examples`. at(text) hears what
+    is being trained. Raises UsageError for a d below 1 or above D, NoDimension for a baseline that diverged or a
+    threshold that is not clear of chance.
+    """
+    search = _Search(runs, D, plan, scored, at or (lambda text: None))
+    wrong = [d for d in (*plan.grid, plan.start or 1) if not 1 <= d <= D]
+    if wrong:
+        raise UsageError(f"d is {wrong[0]}, but must be at least 1 and at most D = {D:,}, all parameters")
+    baseline = search.baseline()
+    wanted = plan.threshold.of(baseline)
+    _refuse_chance(wanted, chance, examples, plan.threshold)
+    if plan.grid:
+        for d in plan.grid:
+            search.mean(d)
+    else:
+        search.bracket_and_halve(wanted)
+    scores = {d: search.scores[d] for d in sorted(search.scores)}
+    found = crossing(scores, baseline, plan.threshold)
+    rates = dict(sorted(search.rates.items()))
+    return Measured(D, found, scores, tuple(baseline), rates, search.diverged, chance, plan)
+
+
+def _refuse_chance(wanted: float, chance: float, examples: int, threshold: Threshold) -> None:
+    """NoDimension unless the threshold is above what guessing scores by twice its standard error."""
+    noise = 2 * math.sqrt(max(chance * (1 - chance), 0.0) / max(examples, 1))
+    if wanted <= chance + noise:
+        raise NoDimension(
+            f"the threshold, {threshold}, comes to {wanted:.3f}, but guessing scores {chance:.3f} give or take "
+            f"{noise:.3f} here: any d would pass. Train longer, or choose another threshold or task"
+        )
+
+
+class _Search:
+    def __init__(self, runs: Runs, D: int, plan: Plan, scored: str, at: Callable[[str], None]) -> None:
+        self.runs, self.D, self.plan, self.scored, self.at = runs, D, plan, scored, at
+        self.scores: dict[int, tuple[float, ...]] = {}
+        self.rates: dict[int, float] = {}
+        self.diverged = 0
+
+    def baseline(self) -> list[float]:
+        """Scores of training all parameters. NoDimension where one diverged."""
+        self.at("all parameters")
+        outcomes = self.trained(None)
+        failed = [outcome.seed for outcome in outcomes if outcome.diverged]
+        if failed:
+            raise NoDimension(
+                f"training all parameters diverged with seed {failed[0]}: a share of that is no threshold. Lower the "
+                "learning rate (--lr)"
+            )
+        return [self.score(outcome) for outcome in outcomes]
+
+    def mean(self, d: int) -> float:
+        """The mean score in d dimensions."""
+        if d not in self.scores:
+            self.at(f"d = {d:,}")
+            outcomes = self.trained(d)
+            self.diverged += sum(outcome.diverged for outcome in outcomes)
+            self.scores[d] = tuple(self.score(outcome) for outcome in outcomes)
+        return float(np.mean(self.scores[d]))
+
+    def bracket_and_halve(self, wanted: float) -> None:
+        """Train at d until the threshold lies between two that are near one another."""
+        low, high = 0, self.plan.start or max(1, round(math.sqrt(self.D)))
+        if self.mean(high) >= wanted:
+            while high > 1 and not low:
+                below = max(1, high // FACTOR)
+                low, high = (0, below) if self.mean(below) >= wanted else (below, high)
+        else:
+            while self.mean(high) < wanted:
+                if high == self.D:
+                    return
+                low, high = high, min(self.D, high * FACTOR)
+        while low and high - low > 1 and high / low > self.plan.resolution:
+            middle = min(max(round(math.sqrt(low * high)), low + 1), high - 1)
+            low, high = (low, middle) if self.mean(middle) >= wanted else (middle, high)
+
+    def trained(self, d: int | None) -> list[Outcome]:
+        """The runs of all seeds, at the learning rate for d."""
+        rate = self.rate(d)
+        self.rates[d or self.D] = rate
+        return self.runs.outcomes(Run(d, seed, rate) for seed in range(self.plan.seeds))
+
+    def rate(self, d: int | None) -> float:
+        """The learning rate in d dimensions: scaled, and the best of the plan's multiples."""
+        scale = math.sqrt(self.D / d) if d and self.plan.lr_scale == "sqrt" else 1.0
+        rates: Sequence[float] = [self.plan.lr * scale * multiple for multiple in self.plan.rates]
+        if len(rates) == 1:
+            return rates[0]
+        tried = self.runs.outcomes(Run(d, SWEEP_SEED, rate) for rate in rates)
+        return max(zip(rates, tried, strict=True), key=lambda pair: (not pair[1].diverged, pair[1].validation))[0]
+
+    def score(self, outcome: Outcome) -> float:
+        """On the split that counts."""
+        return float(getattr(outcome, self.scored))

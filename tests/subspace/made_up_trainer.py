@@ -1,0 +1,38 @@
+"""A trainer that trains nothing: accuracy is a curve of d, shifted by the seed. Other processes import it."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from trimtab.subspace.runs import Run
+from trimtab.subspace.training import Outcome
+
+D = 100_000
+
+
+def train(run: Run, *, d90: float, notes: Path | None, seconds: float, baseline: float, diverges: bool) -> Outcome:
+    if notes is not None:
+        with notes.open("a") as file:
+            file.write(f"{run.d} {run.seed} {os.getpid()}\n")
+    time.sleep(seconds)
+    shift = 1 + 0.02 * (run.seed % 3 - 1)
+    score = baseline
+    if run.d is not None:
+        score *= 1 / (1 + math.exp(-2 * math.log(run.d / (d90 * shift)) - math.log(9)))
+    bad = diverges and run.d is None
+    return Outcome(run.seed, run.d or D, run.lr, score, score, score, 2.0, 3.0 if bad else 0.1, 1.0, 10, bad)
+
+
+def trainer(
+    d90: float = 700.0,
+    notes: Path | None = None,
+    seconds: float = 0.0,
+    baseline: float = 1.0,
+    diverges: bool = False,
+) -> Callable[[Run], Outcome]:
+    return functools.partial(train, d90=d90, notes=notes, seconds=seconds, baseline=baseline, diverges=diverges)

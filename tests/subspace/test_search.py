@@ -1,0 +1,151 @@
+"""The search on a curve that is known, its stored runs, and what it refuses."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import made_up_trainer
+import pytest
+from made_up_trainer import D
+
+from trimtab.errors import FormatError, UsageError
+from trimtab.subspace.crossing import Threshold
+from trimtab.subspace.runs import Runs, closing
+from trimtab.subspace.search import SWEEP_SEED, Measured, NoDimension, Plan, measure
+
+
+def runs(folder: Path | None = None, workers: int = 1, about: dict | None = None, **options) -> Runs:
+    return Runs(
+        functools.partial(made_up_trainer.trainer, **options), about or {"task": "made up"}, folder, workers=workers
+    )
+
+
+def found(own: Runs, chance: float = 0.1, **plan) -> Measured:
+    with closing(own):
+        return measure(own, D, Plan(**plan), scored="test", chance=chance, examples=10_000)
+
+
+@pytest.mark.parametrize("d90", [3.0, 40.0, 700.0, 30_000.0])
+def test_the_dimension_of_a_known_curve_is_found(d90: float) -> None:
+    own = found(runs(d90=d90))
+    assert own.crossing.low <= own.crossing.d <= own.crossing.high
+    assert own.crossing.d == pytest.approx(d90, rel=0.05 if d90 > 10 else 0.3)
+    below, above = max(d for d in own.scores if d < d90), min(d for d in own.scores if d >= d90)
+    assert above - below == 1 or above / below <= 1.2
+    assert len(own.scores) <= 12, "few d, each with every seed"
+    assert all(len(scores) == 3 for scores in own.scores.values())
+
+
+def test_what_no_subspace_reaches_and_what_one_dimension_does_is_said() -> None:
+    assert found(runs(d90=1e9)).crossing.d == float("inf")
+    assert max(found(runs(d90=1e9)).scores) == D
+    least = found(runs(d90=0.01))
+    assert (least.crossing.d, least.crossing.first, min(least.scores)) == (0.0, 1, 1)
+    assert json.loads(json.dumps(found(runs(d90=1e9)).to_dict()))["crossing"]["d"] is None
+
+
+def test_a_grid_is_tried_as_it_is_and_gives_the_first_crossing() -> None:
+    own = found(runs(d90=700.0), grid=(100, 500, 750, 900))
+    assert sorted(own.scores) == [100, 500, 750, 900]
+    assert own.crossing.first == 750
+    assert 500 < own.crossing.d < 750
+
+
+def test_rates_are_scaled_and_chosen_by_a_seed_of_their_own() -> None:
+    own = runs(d90=700.0)
+    done = found(own, rates=(0.5, 1.0, 2.0), lr=1e-3)
+    assert {run.seed for run in own.known} == {0, 1, 2, SWEEP_SEED}
+    swept = [run for run in own.known if run.seed == SWEEP_SEED]
+    assert len(swept) == 3 * (len(done.scores) + 1), "the baseline is tuned like every d"
+    plain = found(runs(d90=700.0), lr=1e-3)
+    assert plain.rates[D] == 1e-3
+    assert all(rate == pytest.approx(1e-3 * (D / d) ** 0.5) for d, rate in plain.rates.items())
+    assert set(found(runs(d90=700.0), lr=1e-3, lr_scale="none").rates.values()) == {1e-3}
+
+
+def test_stored_runs_are_not_trained_again(tmp_path: Path) -> None:
+    notes = tmp_path / "notes"
+    first = found(runs(tmp_path / "search", notes=notes))
+    trained = notes.read_text().splitlines()
+    assert len(trained) == len(set(trained))
+    again = found(runs(tmp_path / "search", notes=notes))
+    assert notes.read_text().splitlines() == trained
+    assert again == first
+
+
+def test_two_workers_find_the_same(tmp_path: Path) -> None:
+    notes = tmp_path / "notes"
+    assert found(runs(workers=2, notes=notes, seconds=0.05)) == found(runs())
+    assert len({line.split()[2] for line in notes.read_text().splitlines()}) == 2
+
+
+SEARCH = """
+import functools, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import made_up_trainer
+from trimtab.subspace.runs import Runs
+from trimtab.subspace.search import Plan, measure
+make = functools.partial(made_up_trainer.trainer, notes=Path({notes!r}), seconds=0.1)
+measure(Runs(make, {{"task": "made up"}}, Path({folder!r})), made_up_trainer.D, Plan(), scored="test", chance=0.1, examples=100)
+"""
+
+
+def test_a_killed_search_goes_on_where_it_was(tmp_path: Path) -> None:
+    notes, folder = tmp_path / "notes", tmp_path / "search"
+    script = SEARCH.format(tests=str(Path(__file__).parent), notes=str(notes), folder=str(folder))
+    process = subprocess.Popen([sys.executable, "-c", script])
+    end = time.monotonic() + 60
+    while (not notes.exists() or len(notes.read_text().splitlines()) < 6) and time.monotonic() < end:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    begun = len(notes.read_text().splitlines())
+    with (folder / "runs.jsonl").open("a") as file:
+        file.write('{"run": {"d"')  # as a kill in the middle of writing leaves it
+    assert found(runs(folder, notes=notes)) == found(runs())
+    whole = len(found(runs()).scores) * 3 + 3
+    assert len(notes.read_text().splitlines()) - begun in (whole - begun, whole - begun + 1)
+
+
+def test_runs_of_another_search_are_refused(tmp_path: Path) -> None:
+    runs(tmp_path)
+    with pytest.raises(UsageError, match=r"task 'made up', but now 'mnist'"):
+        runs(tmp_path, about={"task": "mnist"})
+    (tmp_path / "runs.jsonl").write_text('{"something": "else"}\n')
+    with pytest.raises(FormatError, match="line 1 is no run of a search"):
+        runs(tmp_path)
+    (tmp_path / "search.json").unlink()
+    with pytest.raises(UsageError, match="without search.json"):
+        runs(tmp_path)
+
+
+def test_a_threshold_that_guessing_reaches_is_refused() -> None:
+    with pytest.raises(NoDimension, match="guessing scores 0.680"):
+        found(runs(baseline=0.75), chance=0.68)
+    with pytest.raises(NoDimension, match="any d would pass"):
+        found(runs(), chance=0.5, threshold=Threshold("absolute", 0.505))
+
+
+def test_a_baseline_that_diverged_is_refused() -> None:
+    with pytest.raises(NoDimension, match="diverged with seed 0"):
+        found(runs(diverges=True))
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [{"grid": (0, 5)}, {"grid": (5, D + 1)}, {"start": D + 1}, {"seeds": 0}, {"lr_scale": "d"}, {"rates": ()}],
+    ids=str,
+)
+def test_plans_that_cannot_be_are_refused_before_any_training(plan, tmp_path: Path) -> None:
+    notes = tmp_path / "notes"
+    with pytest.raises(UsageError):
+        found(runs(notes=notes), **plan)
+    assert not notes.exists()
