@@ -23,6 +23,7 @@ from trimtab.tasks.commonsense import WORDS
 from trimtab.tasks.digests import adapter_digest, model_digest
 from trimtab.tasks.evaluate import figures
 from trimtab.tasks.generate import generate
+from trimtab.tasks.nlu import KNOWN
 from trimtab.tasks.results import Outcome, Results, Setup
 from trimtab.tasks.task import Item, subset, training_rows
 
@@ -128,7 +129,7 @@ def test_tasks_are_listed_and_made_without_loading_torch():
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    assert {name for name, listed in TASKS.items() if listed.command == "eval"} == set(WORDS)
+    assert {name for name, listed in TASKS.items() if listed.command == "eval"} == {*WORDS, *KNOWN, "classification"}
 
 
 def test_an_unknown_task_is_told_with_the_nearest_and_another_commands_with_that_command():

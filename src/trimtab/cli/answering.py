@@ -7,6 +7,7 @@ from typing import Any
 
 from trimtab.cli.common import Screen
 from trimtab.errors import UsageError, problems_to_error
+from trimtab.tasks.nlu import refuse_classifiers
 
 BASE = "base"
 """The name of the model itself, without an adapter."""
@@ -42,6 +43,7 @@ def named_adapters(given: tuple[str, ...]) -> dict[str, str]:
         if not Path(folder).is_dir():
             raise UsageError(f"adapter '{name}': there is no folder {folder}")
         found[name] = folder
+    refuse_classifiers(found)
     return found
 
 

@@ -164,25 +164,33 @@ def load_libraries(screen: Screen) -> None:
         import transformers  # noqa: F401
 
 
-def load_model(flags: ModelName, screen: Screen, kind: str = "causal-lm") -> Any:
-    """The model that the flags name. With ModelFlags, threads and dtype are chosen and told."""
+def load_model(
+    flags: ModelName, screen: Screen, kind: str = "causal-lm", *, classes: Sequence[str] = (), seed: int = 0
+) -> Any:
+    """The model that the flags name. With ModelFlags, threads and dtype are chosen and told.
+
+    classes: those a classifier tells apart, whose head is drawn from the seed where the checkpoint has none.
+    """
     load_libraries(screen)
     import torch
 
+    from trimtab.models.classifier import load_classifier
     from trimtab.models.load import load
     from trimtab.train.machine import choose, keep_freed_memory
 
     keep_freed_memory()
     machine = choose(flags.threads, flags.dtype) if isinstance(flags, ModelFlags) else None
-    find_model(flags.model, screen, trust_remote_code=flags.trust_remote_code, kind=kind)
+    find_model(flags.model, screen, trust_remote_code=flags.trust_remote_code, kind="classifier" if classes else kind)
+    how: dict[str, Any] = {
+        "dtype": machine.dtype if machine else None,
+        "device": "cuda" if torch.cuda.is_available() else None,
+        "trust_remote_code": flags.trust_remote_code,
+    }
     with screen.progress(f"loading {flags.model}"):
-        loaded: Any = load(
-            flags.model,
-            dtype=machine.dtype if machine else None,
-            device="cuda" if torch.cuda.is_available() else None,
-            trust_remote_code=flags.trust_remote_code,
-            kind=kind,  # type: ignore[arg-type]
-        )
+        if classes:
+            loaded: Any = load_classifier(flags.model, classes, seed, **how)
+        else:
+            loaded = load(flags.model, kind=kind, **how)  # type: ignore[arg-type]
     size = f"{loaded.model.num_parameters():,} parameters in {str(loaded.model.dtype).removeprefix('torch.')}"
     threads = "" if machine is None else f", {machine.threads} thread{'s' * (machine.threads > 1)} ({machine.reason})"
     screen.note(f"{flags.model}: {size}{threads}")

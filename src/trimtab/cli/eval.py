@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from trimtab.cli.answering import ANY_BASE
 from trimtab.cli.common import ModelFlags, Screen, load_model, need_tokenizer, options, refuse_unwritable
@@ -14,11 +14,15 @@ from trimtab.errors import UsageError
 from trimtab.files import write_whole
 from trimtab.options import option
 from trimtab.tasks import make_task
-from trimtab.tasks.task import Item, Task, subset
+from trimtab.tasks.nlu import Classification, class_record, refuse_classifiers
+from trimtab.tasks.task import Item, Task, WordedTask, subset
 
 if TYPE_CHECKING:
-    from trimtab.tasks.evaluate import Figures
-    from trimtab.tasks.results import Results
+    from trimtab.cli.common import Update
+    from trimtab.tasks.figures import Figures
+    from trimtab.tasks.nlu import Sentences
+    from trimtab.tasks.results import Outcome, Results
+    from trimtab.tasks.statistics import Interval
 
 FIGURES = "figures.json"
 
@@ -49,17 +53,20 @@ def run(name: str, summary: str, argv: list[str]) -> None:
     _check(flags)
     screen = Screen(output)
     asked = _questions(flags, screen)
-    loaded = load_model(flags, screen)
+    classifies = isinstance(asked[0][0], Classification)
+    loaded = load_model(flags, screen, classes=asked[0][2][0].choices if classifies else ())
     need_tokenizer(loaded)
+    from trimtab.tasks.figures import plain
+
     results = _prepare(flags, loaded, asked, screen)
     figures = [_ask(flags, loaded, task, items, results, screen) for task, _, items in asked]
     result = {
         "model": flags.model,
         "adapter": flags.adapter,
-        "scoring": flags.scoring,
+        "scoring": _scoring(flags, asked),
         "limit": flags.limit,
         "seed": flags.seed,
-        "tasks": [_plain(row) for row in figures],
+        "tasks": [plain(row) for row in figures],
         "out": flags.out,
     }
     if flags.out:
@@ -84,9 +91,7 @@ def _check(flags: EvalFlags) -> None:
 def _questions(flags: EvalFlags, screen: Screen) -> Asked:
     """What is to be asked: a wrong name or file is told before the model is loaded."""
     names = dict.fromkeys(name for given in flags.tasks for name in given.split(",") if name)
-    tasks = [make_task(name) for name in names]
-    if not tasks:
-        raise UsageError("--tasks names no task (see trimtab list tasks)")
+    tasks = _with_classes(flags, [make_task(name) for name in names])
     asked = []
     for task in tasks:
         path = task.path("test", flags.data)
@@ -98,16 +103,45 @@ def _questions(flags: EvalFlags, screen: Screen) -> Asked:
     return asked
 
 
+def _with_classes(flags: EvalFlags, tasks: Sequence[Task]) -> list[Task]:
+    """The tasks, those of classification with the adapter's classes. UsageError for what does not go together."""
+    if not tasks:
+        raise UsageError("--tasks names no task (see trimtab list tasks)")
+    record = class_record(flags.adapter) if flags.adapter else None
+    heads = [task for task in tasks if isinstance(task, Classification)]
+    others = [task for task in tasks if not isinstance(task, Classification)]
+    if heads and others:
+        raise UsageError(
+            f"{heads[0].name} asks a trained head and {others[0].name} asks for text: eval them one by one"
+        )
+    if record and others:
+        refuse_classifiers({Path(str(flags.adapter)).name: str(flags.adapter)})
+    if heads and flags.scoring != "likelihood":
+        raise UsageError(
+            f"--scoring is for tasks that are answered in words, and {heads[0].name} is answered by a head"
+        )
+    if not (heads and record):
+        return list(tasks)
+    return [dataclasses.replace(task, classes=record.classes) for task in heads]
+
+
+def _scoring(flags: EvalFlags, asked: Asked) -> str:
+    return "classes" if isinstance(asked[0][0], Classification) else flags.scoring
+
+
 def _prepare(flags: EvalFlags, loaded: Any, asked: Asked, screen: Screen) -> Results | None:
     """The adapter put on the model, and the results there are so far; None where none are kept."""
     import trimtab
+    from trimtab.tasks.classify import refuse_random
     from trimtab.tasks.digests import adapter_digest, file_digest, model_digest
     from trimtab.tasks.results import Results, Setup
 
-    base = model_digest(loaded.model) if flags.out else ""
+    base, adapter = model_digest(loaded.model) if flags.out else "", None
     if flags.adapter:
         with screen.progress("loading the adapter"):
-            trimtab.load(loaded.model, flags.adapter, any_base=flags.any_base)
+            adapter = trimtab.load(loaded.model, flags.adapter, any_base=flags.any_base)
+    if isinstance(asked[0][0], Classification):
+        refuse_random(loaded, adapter)
     if not flags.out:
         return None
     setup = Setup(
@@ -116,7 +150,7 @@ def _prepare(flags: EvalFlags, loaded: Any, asked: Asked, screen: Screen) -> Res
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         adapter=flags.adapter,
         adapter_digest=adapter_digest(Path(flags.adapter)) if flags.adapter else None,
-        scoring=flags.scoring,
+        scoring=_scoring(flags, asked),
         max_new_tokens=flags.max_new_tokens if flags.scoring == "generation" else None,
         data={task.name: file_digest(path) for task, path, _ in asked},
     )
@@ -126,47 +160,56 @@ def _prepare(flags: EvalFlags, loaded: Any, asked: Asked, screen: Screen) -> Res
 def _ask(
     flags: EvalFlags, loaded: Any, task: Task, items: tuple[Item, ...], results: Results | None, screen: Screen
 ) -> Figures:
-    from trimtab.tasks.evaluate import evaluate, figures
+    from trimtab.tasks.figures import figures
 
     with screen.progress(task.name, "questions") as update:
         try:
-            outcomes = evaluate(
-                loaded.model,
-                loaded.tokenizer,
-                task,
-                items,
-                scoring=flags.scoring,
-                batch_size=flags.batch_size,
-                max_new_tokens=flags.max_new_tokens,
-                results=results,
-                progress=update,
-            )
+            outcomes = _outcomes(flags, loaded, task, items, results, update)
         except KeyboardInterrupt as stop:
             kept = f"what is done is in {flags.out}, and the same command goes on from there"
             raise KeyboardInterrupt(kept if flags.out else "with --out, what is done would have been kept") from stop
     return figures(task, items, outcomes)
 
 
-def _plain(row: Figures) -> dict[str, Any]:
-    return dataclasses.asdict(row) | {"interval": [row.interval.low, row.interval.high]}
+def _outcomes(
+    flags: EvalFlags, loaded: Any, task: Task, items: tuple[Item, ...], results: Results | None, update: Update
+) -> tuple[Outcome, ...]:
+    from trimtab.tasks.classify import classify
+    from trimtab.tasks.evaluate import evaluate
+
+    how: dict[str, Any] = {"batch_size": flags.batch_size, "results": results, "progress": update}
+    if isinstance(task, Classification):
+        record = class_record(flags.adapter) if flags.adapter else None
+        length = record.max_length if record else loaded.max_length
+        return classify(loaded, task, cast("tuple[Sentences, ...]", items), max_length=length, **how)
+    words, length = cast("WordedTask", task), flags.max_new_tokens
+    return evaluate(loaded.model, loaded.tokenizer, words, items, scoring=flags.scoring, max_new_tokens=length, **how)
 
 
 def _show(figures: Sequence[Figures], screen: Screen) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    columns = ("task", "items", "accuracy", "95% interval", "chance", "majority", "unparseable")
-    for column in columns:
+    classes = figures[0].f1 is not None
+    columns = ("task", "items", "accuracy", "95% interval", "chance", "majority")
+    last = ("F1", "95% interval", "Matthews", "95% interval") if classes else ("unparseable",)
+    for column in (*columns, *last):
         table.add_column(column, justify="left" if column == "task" else "right")
     for row in figures:
         table.add_row(
             row.task,
             f"{row.items:,}",
-            f"{row.accuracy:.3f}",
-            f"{row.interval.low:.3f} to {row.interval.high:.3f}",
+            *_with_interval(row.accuracy, row.interval),
             f"{row.chance:.3f}",
             f"{row.majority:.3f}",
-            "-" if row.unparseable is None else f"{row.unparseable:.3f}",
+            *_with_interval(row.f1, row.f1_interval),
+            *_with_interval(row.matthews, row.matthews_interval),
+            *(() if classes else ("-" if row.unparseable is None else f"{row.unparseable:.3f}",)),
         )
     if not (screen.output.quiet and screen.output.json):
         screen.console.print(table)
+
+
+def _with_interval(value: float | None, interval: Interval | None) -> tuple[str, ...]:
+    """The two cells of a figure, none where it was not taken."""
+    return () if value is None or interval is None else (f"{value:.3f}", f"{interval.low:.3f} to {interval.high:.3f}")

@@ -12,9 +12,11 @@ from trimtab.cli.common import ModelFlags, Output, own
 from trimtab.cli.data import LAYOUTS
 from trimtab.cli.flags import parse
 from trimtab.deltas import DEFAULT, METHODS, method_class, method_spec
-from trimtab.errors import UsageError, problems_to_error
+from trimtab.deltas.soft_prompt import SoftPrompt
+from trimtab.errors import UsageError, did_you_mean, problems_to_error
 from trimtab.models.embedded import EMBEDDED
 from trimtab.options import did_you_mean_option, helps, option, read_mapping, read_yaml, to_mapping
+from trimtab.tasks import CLASSES, TASKS
 from trimtab.train.settings import Settings
 
 if TYPE_CHECKING:
@@ -28,6 +30,13 @@ class DataFlags:
     data: str = option(help="training file (JSON, JSONL, CSV, Parquet, text; gzipped too) or hub data set")
     eval_data: str | None = option(
         None, "evaluation file: its loss is measured, and its overlap with the training data told"
+    )
+    task: str | None = option(
+        None,
+        "train a classifier: sst2, mrpc or classification, with --data a tab-separated file of sentences and labels",
+    )
+    hold_out: float | None = option(
+        None, "share of a task's training data to evaluate on instead, drawn with --seed, where there is no eval_data"
     )
     layout: str = option("auto", LAYOUTS)
     split: str = option("train", "split of the training data, where that is a hub data set")
@@ -167,7 +176,8 @@ def build_recipe(flat: Mapping[str, Any], what: str) -> Recipe:
     for key, part in parts.items():
         values[key], wrong = read_mapping(part, own(part, flat))
         problems += wrong
-    if not values["data"].get("eval_data"):
+    problems += _task_problems(values["data"], method)
+    if not values["data"].get("eval_data") and not values["data"].get("hold_out"):
         asked = [name for name in ("eval_every", "keep_best") if values["training"].get(name)]
         problems += [f"{name} needs evaluation data: give eval_data (--eval-data)" for name in asked]
     least = (("max_length", "data", 2), ("limit", "data", 1), ("samples", "record", 0))
@@ -182,6 +192,27 @@ def build_recipe(flat: Mapping[str, Any], what: str) -> Recipe:
     made["method"] = method_class(method)(**values["method"])
     made["place"].parts()
     return Recipe(**made)
+
+
+def _task_problems(data: Mapping[str, Any], method: str) -> list[str]:
+    """What does not go with --task, or not without it."""
+    if not data.get("task"):
+        return ["hold_out is for a classifier: give task (--task)"] if data.get("hold_out") else []
+    problems = [
+        f"{key} is not for a task: its files are read as tables of sentences"
+        for key, default in (("layout", "auto"), ("split", "train"), ("eval_split", "train"))
+        if data.get(key, default) != default
+    ]
+    if data["task"] not in (known := [name for name, listed in TASKS.items() if listed.place == CLASSES]):
+        near = did_you_mean(data["task"], known)
+        problems.append(f"task is '{data['task']}', but trimtab train has {', '.join(known)}{near}")
+    if data.get("hold_out") is not None and not 0 < data["hold_out"] < 1:
+        problems.append(f"hold_out is {data['hold_out']}, but must be a share between 0 and 1")
+    if data.get("hold_out") and data.get("eval_data"):
+        problems.append("give either eval_data or hold_out, not both")
+    if issubclass(method_spec(method), SoftPrompt):
+        problems.append(f"method '{method}' has no place for the head of a classifier: choose another")
+    return problems
 
 
 def _whole_path(name: str | None) -> str | None:

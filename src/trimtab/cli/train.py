@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from trimtab.cli.common import Screen, load_model, need_tokenizer, new_run, program
 from trimtab.cli.data import encode_for_training, encode_rows, read_rows
 from trimtab.cli.recipe import DataFlags, Recipe, read_recipe, resolved, same_run, write_config
+from trimtab.cli.train_classifier import tell_classifier, train_classifier
 from trimtab.cli.training import attach_recipe, fit_run
 from trimtab.errors import TrimtabError
 from trimtab.files import read_json
@@ -32,7 +33,17 @@ def run(name: str, summary: str, argv: list[str]) -> None:
     elif recipe.run.resume:
         screen.note(f"nothing to resume in {folder} yet: starting from the beginning")
     result = _finished(folder, screen) if recipe.run.resume else None
-    result = result or train(recipe, folder, screen)
+    classifies = recipe.data.task is not None
+    result = result or (train_classifier if classifies else train)(recipe, folder, screen)
+    if classifies:
+        tell_classifier(result, recipe, folder, screen)
+    else:
+        _tell(result, recipe, folder, screen)
+    screen.result(result)
+
+
+def _tell(result: dict[str, Any], recipe: Recipe, folder: Path, screen: Screen) -> None:
+    """What came of it, and what to do next."""
     screen.outcome(
         f"trained in {result['seconds']:.1f} s, {result['tokens_per_second']:.0f} tokens/s, "
         f"loss {result['train_loss']:.3f} nats per token"
@@ -43,7 +54,6 @@ def run(name: str, summary: str, argv: list[str]) -> None:
     model, adapter, merged = (shlex.quote(str(x)) for x in (recipe.model.model, result["adapter"], folder / "merged"))
     screen.say(f"next: {program()} report {shlex.quote(str(folder))}")
     screen.say(f"      {program()} merge --model {model} --adapter {adapter} --out {merged}")
-    screen.result(result)
 
 
 def _finished(folder: Path, screen: Screen) -> dict[str, Any] | None:

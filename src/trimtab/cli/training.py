@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
     from trimtab.train.loop import FitResult, StepReport
 
 
-def attach_recipe(recipe: Recipe, model: Any, screen: Screen) -> Adapter:
-    """The recipe's method on its targets, with provenance."""
+def attach_recipe(recipe: Recipe, model: Any, screen: Screen, head: Sequence[str] = ()) -> Adapter:
+    """The recipe's method on its targets, with provenance. head: paths of modules that are trained whole besides."""
     import trimtab
     from trimtab.models.dtypes import torch_dtype
 
@@ -28,7 +29,7 @@ def attach_recipe(recipe: Recipe, model: Any, screen: Screen) -> Adapter:
             targets=place.targets or None,
             exclude=place.exclude,
             bias=place.bias,
-            extra_modules=place.extra_modules,
+            extra_modules=tuple(dict.fromkeys([*place.extra_modules, *head])),
             slices=place.parts(),
             seed=recipe.training.seed,
             dtype=torch_dtype(place.adapter_dtype),
@@ -42,15 +43,17 @@ def fit_run(
     recipe: Recipe,
     adapter: Adapter,
     tokenizer: Any,
-    examples: list[Example],
-    evaluation: list[Example],
+    examples: Sequence[Example],
+    evaluation: Sequence[Example],
     folder: Path,
     screen: Screen,
     loggers: list[Any],
+    **how: Any,
 ) -> dict[str, Any]:
     """The loop with a progress bar. Returns the figures, also written to result.json, and writes layers.json.
 
-    The warnings told so far are among the figures: a result that is doubtful must say so wherever it is read.
+    how: the loss and its batches, as `fit` takes them, where it is not that of causal models. The warnings told so far
+    are among the figures: a result that is doubtful must say so wherever it is read.
     """
     from trimtab.train.loop import fit
 
@@ -77,6 +80,7 @@ def fit_run(
                 pad_id=tokenizer.pad_token_id or 0,
                 on_step=on_step,
                 loggers=loggers,
+                **how,
             )
         except KeyboardInterrupt as stop:
             again = f"{program()} train --out {shlex.quote(str(folder))} --resume"
@@ -94,7 +98,7 @@ def _record(adapter: Adapter, done: FitResult, folder: Path, screen: Screen) -> 
     return result
 
 
-def _extent(recipe: Recipe, adapter: Adapter, examples: list[Example], folder: Path) -> tuple[int, int]:
+def _extent(recipe: Recipe, adapter: Adapter, examples: Sequence[Example], folder: Path) -> tuple[int, int]:
     """The step that the newest checkpoint was written after, 0 without one, and the steps of the whole run."""
     from trimtab.train.checkpoint import checkpoints
     from trimtab.train.plan import Plan

@@ -128,7 +128,7 @@ def need_some(examples: Sequence[Example]) -> None:
 def counts(examples: Sequence[Example]) -> tuple[tuple[int, ...], int, int]:
     """(rows in the file, real tokens, supervised tokens) of a batch."""
     # Counted here, where they are Python numbers: asking the tensors would wait for their device.
-    tokens, supervised = sum(len(e.input_ids) for e in examples), sum(sum(e.supervised[1:]) for e in examples)
+    tokens, supervised = sum(len(e.input_ids) for e in examples), sum(e.targets for e in examples)
     return tuple(example.row for example in examples), tokens, supervised
 
 

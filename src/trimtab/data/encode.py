@@ -8,6 +8,7 @@ prefixes do not nest is refused rather than guessed at.
 from __future__ import annotations
 
 import re
+from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,16 @@ class Example:
     row: int
     truncated: int
     answer_cut: bool
+
+    @property
+    def targets(self) -> int:
+        """How many terms of a loss it has: a first token is none, as nothing stands before it."""
+        return sum(self.supervised[1:])
+
+    def content(self) -> bytes:
+        """What tells it from another example."""
+        ids = array("q", [self.row, len(self.input_ids), *self.input_ids])
+        return ids.tobytes() + bytes(self.supervised)
 
 
 def encode(source: Source | Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> list[Example]:

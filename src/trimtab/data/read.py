@@ -110,25 +110,40 @@ def read(
 
 
 def _read_file(path: Path, limit: int | None) -> tuple[str, list[Record]]:
-    name, suffix, gzipped = path.name, path.suffix.lower(), ""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    if data.startswith(b"\x1f\x8b"):
-        gzipped = " gzipped"
-        suffix = path.with_suffix("").suffix.lower() if suffix == ".gz" else suffix
-        try:
-            data = gzip.decompress(data)
-        except (EOFError, OSError, zlib.error) as error:
-            raise FormatError(f"{name} is a broken or truncated gzip file ({error}); fetch it again") from error
-    if not data.strip():
-        raise UsageError(f"{name} is empty: it holds no rows")
+    name, suffix = path.name, path.suffix.lower()
+    data, packed = _unpacked(path)
+    gzipped = " gzipped" if packed else ""
+    if packed and suffix == ".gz":
+        suffix = path.with_suffix("").suffix.lower()
     if data.startswith(b"PAR1"):
         return "Parquet" + gzipped, _parquet(data, name, limit)
     _refuse_foreign(data, name)
     container, records = _from_text(_decode(data, name), name, suffix, limit)
     return container + gzipped, records
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, gzipped or not. UsageError for one that is empty, or is no text in UTF-8."""
+    data, _ = _unpacked(path)
+    _refuse_foreign(data, path.name)
+    return _decode(data, path.name)
+
+
+def _unpacked(path: Path) -> tuple[bytes, bool]:
+    """What a file holds, and whether it was gzipped."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    packed = data.startswith(b"\x1f\x8b")
+    if packed:
+        try:
+            data = gzip.decompress(data)
+        except (EOFError, OSError, zlib.error) as error:
+            raise FormatError(f"{path.name} is a broken or truncated gzip file ({error}); fetch it again") from error
+    if not data.strip():
+        raise UsageError(f"{path.name} is empty: it holds no rows")
+    return data, packed
 
 
 def _refuse_foreign(data: bytes, name: str) -> None:

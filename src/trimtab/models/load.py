@@ -18,7 +18,7 @@ from trimtab.models.embedded import EMBEDDED
 if TYPE_CHECKING:
     import torch
 
-Kind = Literal["causal-lm", "seq2seq-lm", "encoder"]
+Kind = Literal["causal-lm", "seq2seq-lm", "encoder", "classifier"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "*.model", "tekken.json")
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,14 @@ def load(
     wanted = torch_dtype(dtype) if isinstance(dtype, str) else dtype
     path = find(name, kind=kind, trust_remote_code=trust_remote_code, progress=progress)
     check_folder(path)
-    model = _model(name, path, wanted, kind, trust_remote_code)
+    config = config_of(name, path, kind, trust_remote_code)
+    model, found = from_checkpoint(path, config, kind, wanted, trust_remote_code)
+    _check_keys(path, kind, found)
+    return finished(model, name, path, device, trust_remote_code)
+
+
+def finished(model: Any, name: str, path: Path, device: str | None, trust_remote_code: bool) -> LoadedModel:
+    """A model made from the folder `path`, with its tokenizer: in evaluation mode, on a device, with its name."""
     if device is not None:
         _move(model, device)
     _name(model, name, path)
@@ -77,18 +84,11 @@ def outline(
     """The model called `name` as `load` finds it, on the meta device: its modules and shapes without any values."""
     import torch
 
-    from trimtab.quiet import quiet
-
     path = find(name, kind=kind, trust_remote_code=trust_remote_code, progress=progress)
     read_config(path)
-    try:
-        with quiet(), torch.device("meta"):
-            config = _config(name, path, kind, trust_remote_code)
-            return _loader(kind).from_config(config, trust_remote_code=trust_remote_code)
-    except UsageError:
-        raise
-    except Exception as error:  # as in loading
-        raise _explained(error, f"the model in {path} cannot be made") from error
+    config = config_of(name, path, kind, trust_remote_code)
+    with torch.device("meta"):
+        return from_config(path, config, kind, trust_remote_code)
 
 
 def _name(model: Any, name: str, path: Path) -> None:
@@ -113,7 +113,7 @@ def find(
     """
     if name in EMBEDDED:
         embedded = EMBEDDED[name]
-        if embedded.kind != kind:
+        if kind not in (embedded.kind, "classifier"):
             raise UsageError(f"'{name}' is of kind {embedded.kind}, but a model of kind {kind} is needed here")
         found = embedded.path()
         return safetensors_folder(found, progress=progress) if found.suffix == ".gguf" else found
@@ -122,7 +122,7 @@ def find(
         return path
     if path.is_file():
         check_gguf(path)
-        if kind != "causal-lm":
+        if kind not in ("causal-lm", "classifier"):
             raise UsageError(f"{name} is a GGUF file, which is read as causal-lm, but {kind} is needed here")
         return safetensors_folder(path, progress=progress)
     if name.startswith((".", "/", "~")) or path.suffix == ".gguf" or len(path.parts) > 2:
@@ -175,26 +175,41 @@ def _fetch(name: str, trust_remote_code: bool) -> Path:
         raise UsageError(f"{nowhere}, and the hub answered: {' '.join(str(error).split())[:200]}{near}") from error
 
 
-def _model(name: str, path: Path, dtype: torch.dtype | None, kind: Kind, trust_remote_code: bool) -> Any:
+def from_checkpoint(
+    path: Path, config: Any, kind: Kind, dtype: torch.dtype | None, trust_remote_code: bool, **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """The model in a folder, and what transformers says of keys that are missing or too many. options: transformers'.
+
+    Raises FormatError, naming the folder, for one that cannot be loaded.
+    """
     from trimtab.quiet import quiet
 
     try:
         with quiet():
             model, found = _loader(kind).from_pretrained(
                 str(path),
-                config=_config(name, path, kind, trust_remote_code),
+                config=config,
                 dtype=dtype if dtype is not None else "auto",
                 use_safetensors=True,
                 output_loading_info=True,
                 trust_remote_code=trust_remote_code,
                 local_files_only=not trust_remote_code,
+                **options,
             )
-    except UsageError:
-        raise
     except Exception as error:  # transformers raises OSError, ValueError, RuntimeError, KeyError for a bad folder
         raise _explained(error, f"the model in {path} cannot be loaded") from error
-    _check_keys(path, kind, found)
-    return model
+    return model, found
+
+
+def from_config(path: Path, config: Any, kind: Kind, trust_remote_code: bool) -> Any:
+    """The model of a configuration with weights drawn at random. FormatError, naming the folder, where it fails."""
+    from trimtab.quiet import quiet
+
+    try:
+        with quiet():
+            return _loader(kind).from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # as in loading
+        raise _explained(error, f"the model in {path} cannot be made") from error
 
 
 def _loader(kind: Kind) -> Any:
@@ -205,16 +220,23 @@ def _loader(kind: Kind) -> Any:
         "causal-lm": transformers.AutoModelForCausalLM,
         "seq2seq-lm": transformers.AutoModelForSeq2SeqLM,
         "encoder": transformers.AutoModel,
+        "classifier": transformers.AutoModelForSequenceClassification,
     }[kind]
 
 
-def _config(name: str, path: Path, kind: Kind, trust_remote_code: bool) -> Any:
-    """The configuration in a folder. UsageError when it is of a model of another kind."""
+def config_of(name: str, path: Path, kind: Kind, trust_remote_code: bool) -> Any:
+    """The configuration in a folder. UsageError when it is of a model of another kind, FormatError when it is none."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(
-        str(path), trust_remote_code=trust_remote_code, local_files_only=not trust_remote_code
-    )
+    from trimtab.quiet import quiet
+
+    try:
+        with quiet():
+            config = transformers.AutoConfig.from_pretrained(
+                str(path), trust_remote_code=trust_remote_code, local_files_only=not trust_remote_code
+            )
+    except Exception as error:  # as in loading
+        raise _explained(error, f"the model in {path} cannot be loaded") from error
     if not trust_remote_code and type(config) not in _loader(kind)._model_mapping:
         raise UsageError(_wrong_kind(name, path, kind))
     return config

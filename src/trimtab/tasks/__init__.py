@@ -28,6 +28,7 @@ class Listed:
 
 
 COMMONSENSE = "trimtab.tasks.commonsense:Commonsense"
+CLASSES = "trimtab.tasks.nlu:Classification"
 
 TASKS: dict[str, Listed] = {
     "naming": Listed("name a Python function from its body, modules apart; exact match and subtoken F1", "demo"),
@@ -37,6 +38,9 @@ TASKS: dict[str, Listed] = {
     "openbookqa": Listed("elementary science with common knowledge (OBQA): 4 choices", "eval", COMMONSENSE),
     "boolq": Listed("yes-or-no questions without their passage (BoolQ): true or false", "eval", COMMONSENSE),
     "piqa": Listed("which of two ways gets an everyday thing done (PIQA); test rows alone", "eval", COMMONSENSE),
+    "sst2": Listed("is a movie review's sentence positive (SST-2); a trained head", "eval", CLASSES),
+    "mrpc": Listed("do two sentences mean the same (MRPC); a trained head", "eval", CLASSES),
+    "classification": Listed("the labels of your own sentences, or pairs of them; a trained head", "eval", CLASSES),
 }
 """Name of each task, and what is known of it without loading torch."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from trimtab.data.layout import Row
 from trimtab.data.read import read
 from trimtab.errors import FormatError, UsageError
-from trimtab.tasks.task import Item, Task
+from trimtab.tasks.task import Item, WordedTask
 
 ANSWERS = tuple(f"answer{n}" for n in range(1, 6))
 WORDS: dict[str, tuple[str, ...]] = {
@@ -35,7 +35,7 @@ PLAIN = (
 
 
 @dataclass(frozen=True)
-class Commonsense(Task):
+class Commonsense(WordedTask):
     """One of the tasks of WORDS, in commonsense/NAME.SPLIT.json.gz."""
 
     def file(self, split: str) -> str:

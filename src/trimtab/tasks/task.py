@@ -8,9 +8,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from trimtab.data.layout import Row, Turn
 from trimtab.errors import UsageError
+
+T = TypeVar("T", bound="Item")
 
 VARIABLE = "TRIMTAB_DATA"
 """The environment variable that names the folder of data, where the user names none."""
@@ -32,7 +35,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """A set of questions by its name in `TASKS`; a family of tasks is one subclass."""
+    """A set of questions by its name in `TASKS`."""
 
     name: str
 
@@ -43,18 +46,6 @@ class Task(ABC):
     @abstractmethod
     def read(self, path: Path) -> tuple[Item, ...]:
         """The questions in a file. UsageError, naming the row, for what is no question of this task."""
-
-    @abstractmethod
-    def response(self, choice: str) -> str:
-        """How an answer is worded."""
-
-    @abstractmethod
-    def extract(self, text: str) -> str | None:
-        """The answer that a generated text gives; None where it gives none."""
-
-    @abstractmethod
-    def plain_prompt(self, question: str) -> str:
-        """A question as text, for models without a chat template."""
 
     def items(self, split: str = "test", data: str | Path | None = None) -> tuple[Item, ...]:
         """The questions of a split. data: the folder, by default the one that TRIMTAB_DATA names.
@@ -76,6 +67,23 @@ class Task(ABC):
             raise UsageError(f"{by} names {folder}, which has no {file}; give the folder that has")
         return folder / file
 
+
+@dataclass(frozen=True)
+class WordedTask(Task):
+    """Questions that are answered in words; a family of such tasks is one subclass."""
+
+    @abstractmethod
+    def response(self, choice: str) -> str:
+        """How an answer is worded."""
+
+    @abstractmethod
+    def extract(self, text: str) -> str | None:
+        """The answer that a generated text gives; None where it gives none."""
+
+    @abstractmethod
+    def plain_prompt(self, question: str) -> str:
+        """A question as text, for models without a chat template."""
+
     def row(self, item: Item, choice: str, *, chat: bool) -> Row:
         """A question with an answer as a row of training data.
 
@@ -86,12 +94,12 @@ class Task(ABC):
         return Row(turns, None, item.index + 1, raw=not chat)
 
 
-def training_rows(task: Task, items: Sequence[Item], *, chat: bool = True) -> tuple[Row, ...]:
-    """The questions with their right answers, as `data.encode` takes them. chat: see `Task.row`."""
+def training_rows(task: WordedTask, items: Sequence[Item], *, chat: bool = True) -> tuple[Row, ...]:
+    """The questions with their right answers, as `data.encode` takes them. chat: see `WordedTask.row`."""
     return tuple(task.row(item, item.answer, chat=chat) for item in items)
 
 
-def subset(items: Sequence[Item], limit: int | None, seed: int) -> tuple[Item, ...]:
+def subset(items: Sequence[T], limit: int | None, seed: int) -> tuple[T, ...]:
     """`limit` of the questions drawn at random, in the order of the file; all where there are no more, or no limit.
 
     With one seed the smaller subsets are part of the larger ones. UsageError for a limit below 1.

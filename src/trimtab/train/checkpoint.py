@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import shutil
-from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,8 +76,7 @@ def run_identity(
 def _digest(examples: Sequence[Example]) -> str:
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(array("q", [example.row, len(example.input_ids), *example.input_ids]).tobytes())
-        digest.update(bytes(example.supervised))
+        digest.update(example.content())
     return f"{len(examples)} examples, {digest.hexdigest()[:12]}"
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from trimtab.adapt.adapter import Adapter, state_of
 from trimtab.adapt.module import modes_kept
-from trimtab.data.batch import Batch
+from trimtab.data.batch import Batch, pad
 from trimtab.data.encode import Example
 from trimtab.errors import UsageError, problems_to_error
 from trimtab.models.fused import fused
@@ -48,7 +48,7 @@ from trimtab.train.guard import (
 from trimtab.train.interrupt import between_steps
 from trimtab.train.loss import Loss, causal_loss, mean_loss, refuse_not_causal
 from trimtab.train.metrics import Logger, MetricsFile
-from trimtab.train.packing import Packing, packing_for
+from trimtab.train.packing import Build, Packing, packing_for
 from trimtab.train.plan import Plan, eval_batches, micro_batches
 from trimtab.train.settings import Settings
 
@@ -122,6 +122,7 @@ def fit(
     resume: bool = False,
     pad_id: int = 0,
     loss: Loss = causal_loss,
+    build: Build = pad,
     on_step: Callable[[StepReport], None] | None = None,
     loggers: Sequence[Logger] = (),
 ) -> FitResult:
@@ -130,6 +131,8 @@ def fit(
     examples: token sequences that say which tokens are targets (`trimtab.data.encode`). out: a run folder for
     metrics.jsonl, checkpoints/ and adapter/; None writes nothing. resume: go on from the newest checkpoint in `out`,
     bit for bit as if never stopped. loss(model, batch): the sum over supervised tokens, in training and evaluation.
+    build(examples, pad_id): makes the batches that a loss of one's own reads; what its examples' `targets` count is
+    what counts as supervised.
     Raises UsageError for settings, examples, an adapter or a model that do not go together, OutOfMemory, and
     TrainingError when a loss is not finite; the last good adapter is then kept. A first Ctrl-C ends the step and writes
     a checkpoint.
@@ -137,9 +140,9 @@ def fit(
     settings = settings or Settings()
     model = adapter.model
     out = Path(out) if out is not None else None
-    _refuse(adapter, settings, eval_examples, out, resume, loss)
+    _refuse(adapter, settings, eval_examples, out, resume, loss, build)
     with memory_advice(settings):
-        packing = packing_for(adapter, settings.packing, [*examples, *eval_examples], loss)
+        packing = packing_for(adapter, settings.packing, [*examples, *eval_examples], loss, build)
     log.info("packing: %s, %s", packing.name, packing.reason)
     plan = Plan.of(examples, settings, adapter.method.default_lr, by_length=packing.name == "pad")
     evaluation = eval_batches(eval_examples, settings, packing, pad_id)
@@ -285,6 +288,7 @@ def _refuse(
     out: Path | None,
     resume: bool,
     loss: Loss,
+    build: Build,
 ) -> None:
     """UsageError for what would otherwise be ignored, overwritten or wrong."""
     problems = []
@@ -303,6 +307,8 @@ def _refuse(
             problems.append(f"{name} needs the run folder: give out")
     if out is not None and not resume and any((out / name).exists() for name in ("metrics.jsonl", "adapter")):
         problems.append(f"{out} holds another run: resume it, or choose another folder")
+    if build is not pad and loss is causal_loss:
+        problems.append("build is for a loss of one's own: give loss too")
     problems_to_error(problems, "training")
     if loss is causal_loss:
         refuse_not_causal(adapter.model)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from trimtab.adapt.module import modes_kept
 from trimtab.data.batch import Batch
+from trimtab.data.label_batch import LabelledBatch
 from trimtab.deltas.layout import original_class
 from trimtab.errors import UsageError
 from trimtab.models.attention import attends_by_tree, seeing
@@ -64,6 +65,18 @@ def mean_loss(model: nn.Module, batches: Sequence[Batch], loss: Loss = causal_lo
         model.eval()
         total = sum(loss(model, batch.to(device)).item() for batch in batches)
     return total / sum(batch.supervised_tokens for batch in batches)
+
+
+def class_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Σ -log p(class | row), in nats, over the rows of a classifier's batch. A scalar; divide by the rows' number."""
+    return F.cross_entropy(class_logits(model, batch), batch.targets, reduction="sum")
+
+
+def class_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """[rows, classes], fp32: what a classifier makes of a batch of `data.label_batch`."""
+    assert isinstance(batch, LabelledBatch), "a classifier reads batches that pad_labelled made"
+    logits: Tensor = model(**batch.inputs).logits
+    return logits.float()
 
 
 def refuse_not_causal(model: nn.Module) -> None:

@@ -21,7 +21,8 @@ from trimtab.errors import UsageError
 from trimtab.models.attention import attending_by_tree, why_no_tree
 from trimtab.train.loss import Loss, causal_loss
 
-Build = Callable[[Sequence[Example], int], Batch]
+Build = Callable[[Sequence[Any], int], Batch]
+"""Makes a batch of examples, with the id of the padding token."""
 LEAK = 1e-4  # of the logits' size: a true mask leaves no trace at all, a missing one some hundredths
 
 
@@ -57,9 +58,12 @@ class Packing:
 PAD = Packing("pad", pad, pad, False, "as asked")
 
 
-def packing_for(adapter: Adapter, wanted: str, examples: Sequence[Example], loss: Loss = causal_loss) -> Packing:
-    """The packing of training an adapter; see `packing_of`."""
-    return packing_of(adapter.model, wanted, examples, dropout=dropout_of(adapter), loss=loss)
+def packing_for(
+    adapter: Adapter, wanted: str, examples: Sequence[Example], loss: Loss = causal_loss, build: Build = pad
+) -> Packing:
+    """The packing of training an adapter; see `packing_of`. build: makes the batches that a loss of one's own reads."""
+    packing = packing_of(adapter.model, wanted, examples, dropout=dropout_of(adapter), loss=loss)
+    return packing if build is pad else dataclasses.replace(packing, build=build, build_eval=build)
 
 
 def packing_of(

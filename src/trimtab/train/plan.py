@@ -29,7 +29,7 @@ class Plan:
     @staticmethod
     def of(examples: Sequence[Example], settings: Settings, default_lr: float, *, by_length: bool = True) -> Plan:
         """by_length: batches of similar length, for padding. UsageError when there is nothing to learn from."""
-        if not any(any(example.supervised[1:]) for example in examples):
+        if not any(example.targets for example in examples):
             raise UsageError(
                 f"none of the {len(examples)} examples has a supervised token: there is nothing to train on"
             )
@@ -77,13 +77,13 @@ def micro_batches(
     examples: Sequence[Example], chosen: Sequence[int], settings: Settings, packing: Packing, pad_id: int = 0
 ) -> list[Batch]:
     """The examples of one step, as batches of at most `micro_batch`; those with nothing supervised are left out."""
-    useful = [examples[i] for i in chosen if any(examples[i].supervised[1:])]
+    useful = [examples[i] for i in chosen if examples[i].targets]
     return _cut(useful, settings.micro_batch or settings.batch_size, packing.build, pad_id)
 
 
 def eval_batches(examples: Sequence[Example], settings: Settings, packing: Packing, pad_id: int = 0) -> list[Batch]:
     """The evaluation data in batches of similar length. UsageError when nothing in it is supervised."""
-    useful = [example for example in examples if any(example.supervised[1:])]
+    useful = [example for example in examples if example.targets]
     if examples and not useful:
         raise UsageError(f"none of the {len(examples)} evaluation examples has a supervised token")
     useful.sort(key=lambda example: len(example.input_ids))
