@@ -1,0 +1,1 @@
+"""Intrinsic dimension: how many directions a task needs, found by training in random subspaces."""

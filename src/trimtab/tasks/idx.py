@@ -1,0 +1,92 @@
+"""The IDX files of MNIST, plain or gzipped (yann.lecun.com/exdb/mnist: header big-endian, then the values)."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from trimtab.errors import FormatError, UsageError
+from trimtab.tasks.task import VARIABLE
+
+UNSIGNED_BYTE = 0x08
+GZIP = b"\x1f\x8b"
+
+FILES = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+"""Images and labels of each half, as they are published."""
+
+
+def read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
+    """The array in an IDX file of unsigned bytes. FormatError, naming the file, where it is none or not whole."""
+    content = _content(path)
+    expected = bytes([0, 0, UNSIGNED_BYTE, dimensions])
+    if content[:4] != expected:
+        raise FormatError(
+            f"{path} begins with {content[:4].hex() or 'nothing'}, but an IDX file of unsigned bytes in {dimensions} "
+            f"dimensions begins with {expected.hex()}: is it another file under this name?"
+        )
+    start = 4 + 4 * dimensions
+    if len(content) < start:
+        raise FormatError(f"{path} is truncated: it ends within its header of {start} bytes; download it again")
+    shape = tuple(int(size) for size in np.frombuffer(content, ">u4", dimensions, offset=4))
+    if len(content) != start + math.prod(shape):
+        raise FormatError(
+            f"{path} holds {len(content) - start} values, but its header says {' × '.join(map(str, shape))} = "
+            f"{math.prod(shape)}: it is truncated or damaged; download it again"
+        )
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def read_pair(folder: Path, half: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+    """Images [n, rows, columns] and labels [n] of a half, train or test. FormatError where they do not fit."""
+    images_file, labels_file = (_found(folder, name) for name in FILES[half])
+    images, labels = read_idx(images_file, 3), read_idx(labels_file, 1)
+    if len(images) != len(labels):
+        raise FormatError(f"{images_file} has {len(images)} images, but {labels_file} {len(labels)} labels")
+    return images, labels
+
+
+def mnist_folder(data_dir: Path | None) -> Path:
+    """The folder with the four files: `data_dir` or what TRIMTAB_DATA names, or mnist/ in it. UsageError if none."""
+    names = ", ".join(name for pair in FILES.values() for name in pair)
+    wanted = f"the four files {names} (each plain or .gz)"
+    named = data_dir or os.environ.get(VARIABLE)
+    if not named:
+        raise UsageError(
+            f"MNIST is not part of trimtab: name the folder with --data-dir or in {VARIABLE}; it holds {wanted}"
+        )
+    by, folder = "--data-dir" if data_dir else VARIABLE, Path(named).expanduser()
+    if not folder.is_dir():
+        raise UsageError(f"{by} names {folder}, which is no folder; MNIST needs {wanted}")
+    for candidate in (folder, folder / "mnist"):
+        if not _missing(candidate):
+            return candidate
+    raise UsageError(f"{by} names {folder}, which lacks {', '.join(_missing(folder))}; MNIST needs {wanted}")
+
+
+def _missing(folder: Path) -> list[str]:
+    return [name for pair in FILES.values() for name in pair if not _found(folder, name).is_file()]
+
+
+def _found(folder: Path, name: str) -> Path:
+    plain = folder / name
+    return plain if plain.is_file() else folder / f"{name}.gz"
+
+
+def _content(path: Path) -> bytes:
+    """What a file holds, unpacked where it is gzipped: told by its first bytes, whatever it is called."""
+    try:
+        content = path.read_bytes()
+        return gzip.decompress(content) if content[:2] == GZIP else content
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise FormatError(f"{path} is truncated or damaged ({error}); download it again") from error
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
