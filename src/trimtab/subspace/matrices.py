@@ -1,0 +1,131 @@
+"""Projections that are kept as matrices: dense, and sparse with a density of 1 over a square root."""
+
+from __future__ import annotations
+
+import abc
+import functools
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from trimtab.subspace.draws import Drawn, Kept, chosen, normals, signs, stream
+from trimtab.subspace.linear import Projection
+
+MATRIX_BYTES = 8 * 2**30
+"""A matrix that takes more is refused."""
+
+
+class KeptMatrix(Projection):
+    """P as numbers in memory, on every device that it is used on."""
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        size = 0 if found else self.bytes()
+        if size > MATRIX_BYTES:
+            found.append(
+                f"its matrix of {self.D:,} × {self.d:,} would take {size / 2**30:,.1f} GiB, above the limit of "
+                f"{MATRIX_BYTES / 2**30:g}: take uni or fastfood-blocks, which keep none"
+            )
+        return found
+
+    @abc.abstractmethod
+    def bytes(self) -> int:
+        """About how many bytes the matrix takes."""
+
+    @abc.abstractmethod
+    def _draw(self) -> Drawn:
+        """The matrix."""
+
+    @functools.cached_property
+    def _kept(self) -> Kept:
+        return Kept()
+
+    def _drawn(self, device: torch.device) -> Drawn:
+        return self._kept.get("matrix", device, self._draw)
+
+
+class Dense(KeptMatrix):
+    """Independent normal entries, each column divided by its norm over all tensors. Time and memory O(d D)."""
+
+    name = "dense"
+
+    def bytes(self) -> int:
+        return 4 * self.D * self.d
+
+    def _draw(self) -> Drawn:
+        """Pᵀ [d, D], fp32."""
+        matrix = torch.empty(self.d, self.D)
+        for j, row in enumerate(matrix):
+            entries = normals(self.D, stream(self.seed, "dense", j))
+            row.copy_(entries / torch.linalg.vector_norm(entries))
+        return (matrix,)
+
+    def _expand(self, x: Tensor) -> Tensor:
+        return x @ self._drawn(x.device)[0].to(x.dtype)
+
+    def _adjoint(self, g: Tensor) -> Tensor:
+        return g @ self._drawn(g.device)[0].to(g.dtype).T
+
+
+class Sparse(KeptMatrix):
+    """Drawn tensor by tensor, as Li et al.'s released code does: density 1/√n for a tensor of n entries.
+
+    An entry is ± √(1/density) (Li, Hastie and Church 2006, "Very Sparse Random Projections"), so that a tensor's share
+    of a column is that of its size; then each column is divided by its norm over all tensors. Time and memory O(d Σ√n):
+    the place and value of each entry are kept, since drawing takes far longer than the product. On a GPU the sums over
+    entries are in no fixed order.
+    """
+
+    name = "sparse"
+    bytes_an_entry: ClassVar[int] = 20
+
+    def parts(self) -> tuple[int, ...]:
+        """Entries of each part that has a density of its own."""
+        return self.sizes
+
+    def bytes(self) -> int:
+        return int(self.bytes_an_entry * self.d * sum(map(math.sqrt, self.parts())))
+
+    def _draw(self) -> Drawn:
+        """Rows and columns (int64) and values (fp32) of the entries."""
+        rows, columns, values, first = [], [], [], 0
+        for number, size in enumerate(self.parts()):
+            generator = stream(self.seed, self.name, number)
+            places = chosen(size * self.columns, size**-0.5, generator)
+            sign = signs(len(places), generator)
+            within = places < size * self.d  # column after column, so that the first d of m come first
+            places = places[within]
+            columns.append(places // size)
+            rows.append(places % size + first)
+            values.append(sign[within] * float(size) ** 0.25)
+            first += size
+        return self._normalised(torch.cat(rows), torch.cat(columns), torch.cat(values).double())
+
+    def _normalised(self, rows: Tensor, columns: Tensor, values: Tensor) -> Drawn:
+        """With columns of norm 1; a column without entries is given one, in a random row."""
+        squares = torch.zeros(self.d, dtype=torch.float64).index_add_(0, columns, values.square())
+        empty = (squares == 0).nonzero()[:, 0]
+        if len(empty):
+            spare = torch.randint(self.D, (self.columns,), generator=stream(self.seed, f"{self.name} spare"))
+            rows, columns = torch.cat([rows, spare[empty]]), torch.cat([columns, empty])
+            values, squares[empty] = torch.cat([values, torch.ones(len(empty))]), 1.0
+        return rows, columns, (values / squares.sqrt()[columns]).float()
+
+    def _expand(self, x: Tensor) -> Tensor:
+        rows, columns, values = self._drawn(x.device)
+        return x.new_zeros(len(x), self.D).scatter_add_(1, rows.expand(len(x), -1), x.index_select(1, columns) * values)
+
+    def _adjoint(self, g: Tensor) -> Tensor:
+        rows, columns, values = self._drawn(g.device)
+        return g.new_zeros(len(g), self.d).scatter_add_(1, columns.expand(len(g), -1), g.index_select(1, rows) * values)
+
+
+class SparseGlobal(Sparse):
+    """One density for all tensors, 1/√D, as Li et al. 2018 write: O(d √D)."""
+
+    name = "sparse-global"
+
+    def parts(self) -> tuple[int, ...]:
+        return (self.D,)
