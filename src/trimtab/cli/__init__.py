@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "merge": ("merge", "put an adapter into the weights, and audit it"),
     "export": ("export", "write an adapter in another tool's format"),
     "data inspect": ("data_inspect", "see what is supervised, token by token, before training"),
+    "measure dimension": ("measure_dimension", "how many directions a task needs, by training in random subspaces"),
     "measure directions": ("measure_directions", "which directions of the weights change, beside what noise gives"),
     "report": ("report", "one self-contained page about a run"),
     "selftest": ("selftest", "show the equivalences trimtab rests on, on this machine and model"),

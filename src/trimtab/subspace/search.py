@@ -19,6 +19,8 @@ from trimtab.subspace.training import Outcome
 
 FACTOR = 4
 """By which d is raised, or lowered, until the threshold lies between two of them."""
+FURTHER = 4
+"""At most so many d more, where the interval is open."""
 SWEEP_SEED = 10_000
 """The seed with which learning rates are compared: none that is measured with."""
 
@@ -114,6 +116,7 @@ def measure(
             search.mean(d)
     else:
         search.bracket_and_halve(wanted)
+        search.close_interval(baseline)
     scores = {d: search.scores[d] for d in sorted(search.scores)}
     found = crossing(scores, baseline, plan.threshold)
     rates = dict(sorted(search.rates.items()))
@@ -173,6 +176,18 @@ class _Search:
         while low and high - low > 1 and high / low > self.plan.resolution:
             middle = min(max(round(math.sqrt(low * high)), low + 1), high - 1)
             low, high = (low, middle) if self.mean(middle) >= wanted else (middle, high)
+
+    def close_interval(self, baseline: Sequence[float]) -> None:
+        """Train a few d more where the interval has no upper or no lower end among those there are."""
+        for _ in range(FURTHER):
+            found = crossing(self.scores, baseline, self.plan.threshold)
+            largest, smallest = max(self.scores), min(self.scores)
+            if found.d > 0 and found.high == math.inf > found.d and largest < self.D:
+                self.mean(min(self.D, math.ceil(largest * max(self.plan.resolution, 1.1))))
+            elif found.d < math.inf and found.low == 0 < found.d and smallest > 1:
+                self.mean(max(1, math.floor(smallest / max(self.plan.resolution, 1.1))))
+            else:
+                return
 
     def trained(self, d: int | None) -> list[Outcome]:
         """The runs of all seeds, at the learning rate for d."""

@@ -40,9 +40,9 @@ def choose(threads: int | None = None, dtype: str = "auto") -> Choice:
     tenth. Takes 0.2 s at most.
     Raises UsageError for more threads than there are cores.
     """
-    cores = _cores()
-    if threads is not None and not 1 <= threads <= cores:
-        wanted = "at least 1" if threads < 1 else f"at most {cores}, the cores that this process may use"
+    most = cores()
+    if threads is not None and not 1 <= threads <= most:
+        wanted = "at least 1" if threads < 1 else f"at most {most}, the cores that this process may use"
         raise UsageError(f"threads is {threads}, but must be {wanted}")
     if torch.cuda.is_available():
         if threads is not None:
@@ -52,7 +52,7 @@ def choose(threads: int | None = None, dtype: str = "auto") -> Choice:
         return Choice(
             torch.get_num_threads(), _dtype(dtype, auto), f"this GPU computes bf16 {'' if quick else 'not '}itself"
         )
-    counts = [threads] if threads is not None else sorted({1, cores})
+    counts = [threads] if threads is not None else sorted({1, most})
     speeds = _speeds([(count, torch.float32) for count in counts])
     fp32 = {count: speeds[count, torch.float32] for count in counts}
     best = 1 if 1 in fp32 and fp32[1] > CLEARLY * fp32[counts[-1]] else counts[-1]
@@ -82,7 +82,7 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def _cores() -> int:
+def cores() -> int:
     """The cores this process may use; not every system tells them apart from those there are."""
     allowed = getattr(os, "sched_getaffinity", None)
     return len(allowed(0)) if allowed is not None else os.cpu_count() or 1

@@ -1,0 +1,24 @@
+"""Trainers for the runs of a search: each a function that can be sent to another process."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from trimtab.subspace.problem import Problem, Protocol
+from trimtab.subspace.projection import make_projection
+from trimtab.subspace.runs import Run, Trainer
+from trimtab.subspace.training import Outcome, train
+
+
+def problem_trainer(
+    make: Callable[[], Problem], protocol: Protocol, projection: str, options: Mapping[str, Any]
+) -> Trainer:
+    """The trainer of a self-contained problem. make: gives the problem; called once. options: of the projection."""
+    return functools.partial(_train, make(), protocol, projection, dict(options))
+
+
+def _train(problem: Problem, protocol: Protocol, projection: str, options: dict[str, Any], run: Run) -> Outcome:
+    subspace = None if run.d is None else make_projection(projection, problem.sizes, run.d, run.seed, **options)
+    return train(problem, protocol, seed=run.seed, subspace=subspace, lr=run.lr)
