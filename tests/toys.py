@@ -76,7 +76,7 @@ def small(name: str) -> Method:
     """A registered method, small enough for the tiny modules and unlike its defaults where it has a rank."""
     cls = method_class(name)
     fields = {field.name for field in dataclasses.fields(cls)}
-    sizes = {"rank": 2, "alpha": 6.0, "directions": 2, "warm_up_steps": 1, "target_rank": 1, "width": 2}
+    sizes = {"rank": 2, "alpha": 6.0, "directions": 2, "warm_up_steps": 1, "target_rank": 1, "width": 2, "dim": 12}
     return cls(**{key: value for key, value in sizes.items() if key in fields})  # type: ignore[arg-type]
 
 

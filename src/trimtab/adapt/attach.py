@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,8 +74,8 @@ def attach(
     if targets is None:
         targets = present(method.default_targets, modules, method.name)
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
-    parts = {pattern: tuple(bool(f) for f in flags) for pattern, flags in (slices or {}).items()}
-    placement = Placement(targets, tuple(exclude), bias, tuple(extra_modules), parts)
+    flags = {pattern: tuple(bool(f) for f in chosen) for pattern, chosen in (slices or {}).items()}
+    placement = Placement(targets, tuple(exclude), bias, tuple(extra_modules), flags)
     adapter = Adapter(model, name, method, placement, {"seed": seed})
     if bias not in BIASES:
         raise UsageError(f"bias is '{bias}', but must be one of {', '.join(BIASES)}{did_you_mean(bias, BIASES)}")
@@ -90,7 +90,9 @@ def attach(
     copied = _copied_names(modules, placement, deltas, extra)
     whole = {path for path, name in copied if path in extra or name != "bias"}
     outer = outermost(whole, {**extra, **dict.fromkeys(whole)})
-    method.begin([part for site in sites for part in _parts(site, deltas[site.path][1])], progress)
+    parts = parts_of(deltas)
+    method.bind(parts)
+    method.begin(parts, progress)
     install(adapter, modules, deltas, _make_copies(copied, dtype), dtype, outer)
     if log.isEnabledFor(logging.INFO):
         count, base = (
@@ -157,9 +159,10 @@ def fitting_delta(method: Method, placement: Placement, site: Site, generator: t
     return delta
 
 
-def _parts(site: Site, delta: Delta) -> list[Part]:
-    weight: Tensor = site.module.weight  # type: ignore[assignment]
-    return delta.sites(site.path, weight.detach())
+def parts_of(deltas: Mapping[str, tuple[nn.Module, Delta]]) -> list[Part]:
+    """Every delta with its weight, the parts of a fused projection each for itself. deltas: by module path."""
+    weights = {path: cast("Tensor", module.weight).detach() for path, (module, _) in deltas.items()}
+    return [part for path, (_, delta) in deltas.items() for part in delta.sites(path, weights[path])]
 
 
 def fresh_delta(method: Method, placement: Placement, site: Site, generator: torch.Generator) -> Delta:

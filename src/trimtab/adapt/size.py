@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from trimtab.adapt.attach import fitting_delta
+from trimtab.adapt.attach import fitting_delta, parts_of
 from trimtab.adapt.module import device_of
 from trimtab.adapt.prompt_trial import FIRST, as_prompt
 from trimtab.adapt.prompts import backbone_of, make_prompt
@@ -35,8 +35,9 @@ def size(model: nn.Module, method: Method) -> Size:
     targets = present(method.default_targets, modules, method.name)
     sites = choose(model, modules, targets)
     with torch.device("meta"):
-        deltas = [fitting_delta(method, Placement(targets), site, generator) for site in sites]
-    return Size(sum(p.numel() for delta in deltas for p in delta.parameters()), len(sites))
+        deltas = {s.path: (s.module, fitting_delta(method, Placement(targets), s, generator)) for s in sites}
+        method.bind(parts_of(deltas))
+    return Size(sum(p.numel() for _, delta in deltas.values() for p in delta.parameters()), len(sites))
 
 
 def _of_prompt(model: Any, method: SoftPrompt) -> Size:

@@ -240,6 +240,10 @@ def load_checkpoint(model: nn.Module, folder: Path, any_base: bool = False) -> A
     FormatError when it is damaged or of another model, UsageError for slices, which it does not tell of.
     """
     method = _method(folder)
+    if method.shared:
+        raise UsageError(
+            f"{folder} is a checkpoint that does not tell which weights share it: give the adapter folder of its run"
+        )
     tensors = read_tensors(folder / TENSORS)
     state = {key.removeprefix("adapter."): t for key, t in tensors.items() if key.startswith("adapter.")}
     sites = adaptable(base_modules(model))[0]

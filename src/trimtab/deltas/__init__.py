@@ -37,6 +37,7 @@ METHODS: dict[str, str] = {
     "milora": "trimtab.deltas.milora:MiLoRA",
     "olora": "trimtab.deltas.olora:OLoRA",
     "full": "trimtab.deltas.full:Full",
+    "subspace": "trimtab.deltas.subspace:RandomSubspace",
     "ia3": "trimtab.deltas.ia3:IA3",
     "bitfit": "trimtab.deltas.bitfit:BitFit",
     "houlsby": "trimtab.deltas.houlsby:Houlsby",

@@ -60,6 +60,9 @@ class Method:
     stored_names: ClassVar[str] = ""
     """Regular expression of its tensors' names below the module's path; by default `<name>.` and anything."""
 
+    shared: ClassVar[bool] = False
+    """Whether its deltas share what they train: the first of an adapter holds it, and is alone in an adapter file."""
+
     def __post_init__(self) -> None:
         problems_to_error(self.problems(), f"{type(self).__name__}")
 
@@ -91,6 +94,11 @@ class Method:
     def delta(self, layout: Layout, weight: Tensor, generator: torch.Generator) -> Delta:
         """A fresh delta for one weight, in fp32 on the CPU. `generator` makes every random draw."""
         raise NotImplementedError
+
+    def bind(self, sites: Sequence[Site]) -> None:
+        """Called once every delta of an adapter is made, before anything else is done with them, when attaching and
+        loading alike: for what they share. The weights may be on the meta device, where only sizes are asked for.
+        """
 
     def begin(self, sites: Sequence[Site], progress: OnProgress | None = None) -> None:
         """Called when attaching, not when loading, once every delta is made: for a start that is worked out of the

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.adapt.adapter import Adapter
-from trimtab.adapt.attach import as_copy, check_name, fresh_delta, install, install_prompt, outermost, tensor_of
+from trimtab.adapt.attach import (
+    as_copy,
+    check_name,
+    fresh_delta,
+    install,
+    install_prompt,
+    outermost,
+    parts_of,
+    tensor_of,
+)
 from trimtab.adapt.fingerprint import foreign_weight
 from trimtab.adapt.module import Copies
 from trimtab.adapt.prompts import PromptAdapter
@@ -64,6 +74,8 @@ def load(model: nn.Module, path: str | Path, *, name: str = "default", any_base:
     adapter = Adapter(model, name, method, placement, provenance)
     kind = str(config["peft_type"])
     parts, rest = _sorted_tensors(method, tensors, kind, folder)
+    if method.shared:
+        parts = _with_silent(parts, model, config)
     deltas = _deltas(adapter, parts, kind, folder)
     _refuse_partial(model, config, deltas, folder)
     copies = _copies(model, rest, bool(own.get("tied", config.get("ensure_weight_tying"))), folder)
@@ -107,9 +119,7 @@ def _refuse_other_base(model: nn.Module, own: Mapping[str, Any], folder: Path) -
 
 def _refuse_other_weights(method: Method, deltas: Mapping[str, tuple[nn.Module, Delta]], folder: Path) -> None:
     """FormatError when the method finds in its own tensors that they were made of other weights."""
-    weights = {path: cast("Tensor", module.weight).detach() for path, (module, _) in deltas.items()}
-    sites = [site for path, (_, delta) in deltas.items() for site in delta.sites(path, weights[path])]
-    why = method.foreign(sites)
+    why = method.foreign(parts_of(deltas))
     if why is not None:
         raise FormatError(f"{folder} was made on another base: {why}. any_base=True (--any-base) loads it all the same")
 
@@ -203,12 +213,20 @@ def _sorted_tensors(
     return parts, rest
 
 
+def _with_silent(
+    parts: Mapping[str, dict[str, Tensor]], model: nn.Module, config: Mapping[str, Any]
+) -> dict[str, dict[str, Tensor]]:
+    """`parts` with every module that the configuration names: the file has tensors of one of them alone."""
+    targets, sites = _named(config.get("target_modules")), adaptable(base_modules(model))[0]
+    return {path: {} for path in sites if targets(path)} | dict(parts)
+
+
 def _deltas(
     adapter: Adapter, parts: Mapping[str, Mapping[str, Tensor]], kind: str, folder: Path
 ) -> dict[str, tuple[nn.Module, Delta]]:
     sites, refused = adaptable(base_modules(adapter.model))
-    deltas = {}
-    for path, stored in parts.items():
+    deltas: dict[str, tuple[nn.Module, Delta]] = {}
+    for path in parts:
         if path not in sites:
             why = (
                 f"which {refused[path]}"
@@ -216,19 +234,29 @@ def _deltas(
                 else f"which this model does not have{did_you_mean(path, sites)}"
             )
             raise FormatError(f"{folder} does not fit this model: it adapts '{path}', {why}")
-        try:
+        with _of_module(path, folder):
             delta = fresh_delta(adapter.method, adapter.placement, sites[path], torch.Generator().manual_seed(0))
-            other = None if kind.startswith(OWN_TYPE) else delta.other_in_peft()
-            if other is None:
-                delta.restore(stored)
-        except UsageError as error:
-            raise FormatError(f"{folder} does not fit this model at {path}: {error}") from error
+        other = None if kind.startswith(OWN_TYPE) else delta.other_in_peft()
         if other is not None:
             raise UsageError(
                 f"{folder} adapts {path}, {other}, for which PEFT's {kind} is a map that trimtab does not have"
             )
         deltas[path] = (sites[path].module, delta)
+    with _of_module("its weights", folder):
+        adapter.method.bind(parts_of(deltas))
+    for path, stored in parts.items():
+        with _of_module(path, folder):
+            deltas[path][1].restore(stored)
     return deltas
+
+
+@contextmanager
+def _of_module(path: str, folder: Path) -> Iterator[None]:
+    """Say which module of which adapter an error is about."""
+    try:
+        yield
+    except UsageError as error:
+        raise FormatError(f"{folder} does not fit this model at {path}: {error}") from error
 
 
 def _copies(

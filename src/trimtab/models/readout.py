@@ -21,7 +21,7 @@ from trimtab.adapt.prompts import Prompted
 from trimtab.deltas.layout import original_class
 from trimtab.errors import ran_out_of_memory
 from trimtab.models.last_layer import FEW, at_positions, last_feed_forward, recomputes
-from trimtab.ops.cross_entropy import head_cross_entropy, linear_cross_entropy, token_nats
+from trimtab.ops.cross_entropy import head_cross_entropy, linear_cross_entropy, nats, token_nats
 
 log = logging.getLogger("trimtab")
 
@@ -68,6 +68,8 @@ class Readout:
         bias: Tensor | None = getattr(self.head, "bias", None)
         trained = [p for p in self.head.parameters() if p.requires_grad]
         adapted = isinstance(self.head, Adapted) and self.head._active
+        if adapted and _shares(self.head):
+            return (nats(self.logits(hidden), targets) * weights).sum()
         if adapted or weight.requires_grad or (bias is not None and bias.requires_grad):
             return head_cross_entropy(hidden, targets, weights, self.logits, weight.shape[0], trained)
         return linear_cross_entropy(hidden, targets, weights, weight, bias, scale=self.scale, soft_cap=self.soft_cap)
@@ -76,6 +78,12 @@ class Readout:
         """[terms] of −log p(target), without gradient. hidden: [terms, d]."""
         vocabulary = cast("Tensor", self.head.weight).shape[0]
         return token_nats(hidden, targets, self.logits, vocabulary)
+
+
+def _shares(head: nn.Module) -> bool:
+    """Whether what changes a head is trained elsewhere too, so that its gradient cannot be taken block by block."""
+    deltas = cast("Any", head).deltas
+    return any(deltas[name].method.shared for name in cast("Any", head)._active if name in deltas)
 
 
 _KNOWN: WeakKeyDictionary[nn.Module, Readout | None] = WeakKeyDictionary()

@@ -66,14 +66,18 @@ def head_cross_entropy(
     return loss
 
 
+def nats(logits: Tensor, targets: Tensor) -> Tensor:
+    """[rows] of −log p(target), in fp32 (fp64 where the logits are). logits: [rows, vocabulary]."""
+    return F.cross_entropy(logits.to(wide(logits.dtype)), targets, reduction="none")
+
+
 @torch.no_grad()
 def token_nats(hidden: Tensor, targets: Tensor, head: Head, vocabulary: int) -> Tensor:
     """[rows] of −log p(target), without gradient. hidden: [rows, d]; head: [rows, d] to logits [rows, vocabulary]."""
     size = max(1, BLOCK_BYTES // (4 * vocabulary))
     blocks = []
     for h, t in zip(torch.split(hidden, size), torch.split(targets, size), strict=True):
-        z = head(h)
-        blocks.append(F.cross_entropy(z.to(wide(z.dtype)), t, reduction="none"))
+        blocks.append(nats(head(h), t))
     return torch.cat(blocks)
 
 
@@ -159,8 +163,6 @@ def _head_block(
 ) -> tuple[Tensor, list[Tensor]]:
     with torch.set_grad_enabled(gradient):
         own = hidden.detach().requires_grad_(gradient)
-        z = head(own)
-        nats = F.cross_entropy(z.to(wide(z.dtype)), targets, reduction="none")
-        loss = (nats * weights).sum()
+        loss = (nats(head(own), targets) * weights).sum()
         gradients = torch.autograd.grad(loss, [own, *parameters]) if gradient else ()
     return loss.detach(), list(gradients)

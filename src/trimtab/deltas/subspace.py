@@ -1,0 +1,204 @@
+"""Training in a random subspace: one vector θ_d changes every adapted weight (Li et al. 2018, arXiv 1804.08838;
+Aghajanyan et al. 2020, arXiv 2012.13255)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from trimtab.deltas.delta import Delta
+from trimtab.deltas.layout import Layout
+from trimtab.deltas.method import Method, OnProgress, Site, one_of, whole
+from trimtab.errors import FormatError
+from trimtab.options import option
+from trimtab.subspace.layers import layer_groups
+from trimtab.subspace.offsets import Offsets, groups_of
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomSubspace(Method):
+    """h = (W + (P θ_d)_W) x + b + (P θ_d)_b: `dim` numbers are trained for all weights together, P is random and fixed.
+
+    D counts the weights of the chosen modules and their biases; norms, the other embeddings and a head that is not
+    named are not in it, and stay as they are (`trimtab.subspace.reparameterize.Subspace` takes every parameter of a
+    model). mode said spends one of the `dim` numbers on each layer, as a factor λ of its part of P θ_d; a layer is a
+    transformer block, or with layers "tensor" each weight and each bias. P is not stored but drawn from
+    `projection_seed`: a file holds θ_d and eight numbers by which another draw is refused.
+
+    The learning rate is an estimate: a step of Adam on θ_d moves the weights by about lr √d, so that full fine-tuning's
+    2e-5 becomes 2e-5 √(D/d), which is 6e-3 for D = 1e8 and d = 1000.
+    """
+
+    name: ClassVar[str] = "subspace"
+    title: ClassVar[str] = "Random subspace"
+    formula: ClassVar[str] = "h = (W + (P θ_d)_W) x"
+    paper: ClassVar[str] = "Li et al. 2018, arXiv 1804.08838; Aghajanyan et al. 2020, arXiv 2012.13255"
+    default_lr: ClassVar[float] = 6e-3
+    shared: ClassVar[bool] = True
+    projections: ClassVar[tuple[str, ...]] = ("uni", "fastfood-blocks", "fastfood", "sparse-global", "sparse", "dense")
+
+    dim: int = option(1000, "d, how many numbers are trained in all")
+    mode: Literal["did", "said"] = option("did", "did, or said: with a factor for each layer, out of dim")
+    projection: str = option("uni", f"what P is: {', '.join(projections)}")
+    layers: Literal["block", "tensor"] = option("block", "what has a factor of its own in said")
+    projection_seed: int = option(0, "P is drawn from it; with another one an adapter is another map")
+
+    def problems(self) -> list[str]:
+        found = whole("dim", self.dim) + one_of("mode", self.mode, ("did", "said"))
+        found += one_of("projection", self.projection, self.projections)
+        found += one_of("layers", self.layers, ("block", "tensor"))
+        if self.projection_seed < 0:
+            found.append(f"projection_seed is {self.projection_seed}, but must be at least 0")
+        return found
+
+    def delta(self, layout: Layout, weight: Tensor, generator: torch.Generator) -> SubspaceDelta:
+        return SubspaceDelta(self, layout)
+
+    def bind(self, sites: Sequence[Site]) -> None:
+        space, at = Space(self, sites), 0
+        for delta in _deltas(sites):
+            delta.join(space, at)
+            at += 1 + delta.layout.bias
+
+    def prepare(self, sites: Sequence[Site], steps: int, progress: OnProgress | None = None) -> None:
+        _deltas(sites)[0].space.refuse_other_draw()  # a checkpoint may be another machine's
+
+
+def _deltas(sites: Sequence[Site]) -> list[SubspaceDelta]:
+    return [site.delta for site in sites if isinstance(site.delta, SubspaceDelta)]
+
+
+class Space(Offsets):
+    """What the deltas of one adapter share: θ_d, and P θ_d, computed once for all of them.
+
+    drawn: eight entries of Pᵀ w for a fixed wave w, by which a draw that differs is found. order: what the weights
+    are, in order.
+    """
+
+    drawn: Tensor
+    order: Tensor
+
+    def __init__(self, method: RandomSubspace, sites: Sequence[Site]) -> None:
+        sizes, names = [], []
+        for site in sites:
+            biases = [site.delta.layout.out_features] if site.delta.layout.bias else []
+            sizes += [site.weight.numel(), *biases]
+            names += [site.path.partition("[")[0]] * (1 + len(biases))
+        groups = groups_of(method.mode, "tensor" if method.layers == "tensor" else None, layer_groups(names))
+        super().__init__(sizes, groups, method.dim, method.projection, method.projection_seed)
+        told = repr([(site.path, tuple(site.weight.shape)) for site in sites])
+        digest = hashlib.sha256(told.encode()).digest()
+        self.register_buffer("order", torch.tensor(int.from_bytes(digest[:7], "big")))
+        self.register_buffer("drawn", self.theta_d.new_zeros(min(8, self.theta_d.numel())))
+        if not self.theta_d.is_meta:  # else only its size is asked for
+            self.drawn = self._entries()
+        self._here = None if self.theta_d.is_meta else (self.order.clone(), self.drawn.clone())
+        self._known: _Known | None = None
+
+    def _entries(self) -> Tensor:
+        wave = torch.linspace(-1, 1, 251)  # no period that a draw could share
+        D = sum(self.sizes)
+        columns: Tensor = self.projection.adjoint(wave.repeat(-(-D // 251))[:D])
+        return columns[torch.linspace(0, len(columns) - 1, min(8, len(columns))).long()].clone()
+
+    def refuse_other_draw(self) -> None:
+        """FormatError when θ_d, of a file or a checkpoint, was trained with another P or for other weights."""
+        if self._here is None:
+            return
+        order, drawn = self._here
+        if not torch.equal(self.order.cpu(), order):
+            raise FormatError("its θ_d was trained for other weights, or for these in another order")
+        if not torch.allclose(self.drawn.float().cpu(), drawn, rtol=0.05, atol=0.02):  # another dtype rounds
+            raise FormatError(
+                f"its θ_d belongs to another P than projection_seed {self._drawing[2]} gives in torch "
+                f"{torch.__version__}: use the version that it was trained with, and merge it there"
+            )
+
+    def part(self, number: int) -> Tensor:
+        """The offset of one tensor, flat."""
+        if torch.compiler.is_compiling():
+            return self.offsets()[number]
+        # The values are compared too: whoever writes through .data leaves no other trace.
+        values = torch.cat([parameter.detach().flatten() for parameter in self.trained()])
+        mode = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), values.device, values.dtype)
+        known = self._known
+        if known is None or known.mode != mode or not torch.equal(known.values, values):
+            known = self._known = _Known(mode, values, self._computed())
+        return known.parts[number]
+
+    def _computed(self) -> list[Tensor]:
+        # Gradient checkpointing counts what a block saves, and the offsets are computed in the first block alone.
+        with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+            flat = self.flat(self.theta_d)
+            lambdas = None if self.lambdas is None else self.lambdas.view_as(self.lambdas)
+            parts = self.cut(flat, lambdas)
+        for tensor in (flat, lambdas):
+            if tensor is not None and tensor.requires_grad:
+                tensor.register_hook(_forgetting(self))  # type: ignore[no-untyped-call]
+        return parts
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_known": None, "_projection": None}  # both are made again
+
+
+def _forgetting(space: Space) -> Callable[[Tensor], None]:
+    """A hook that drops the offsets: a backward pass through them frees what another one would need."""
+    held = weakref.ref(space)
+
+    def forget(gradient: Tensor) -> None:
+        own = held()
+        if own is not None:
+            own._known = None
+
+    return forget
+
+
+@dataclasses.dataclass
+class _Known:
+    """Offsets that are computed already. mode, values: what they were computed in and of."""
+
+    mode: tuple[Any, ...]
+    values: Tensor
+    parts: list[Tensor]
+
+
+class SubspaceDelta(Delta):
+    """The part of P θ_d that is a weight's, and its bias's. The first delta of an adapter has the space as its child.
+
+    at: the number of the weight among the tensors of the space; the bias is the next.
+    """
+
+    space: Space
+    at: int
+
+    def join(self, space: Space, at: int) -> None:
+        """Take a part of a space, which is in the state dict of the first delta alone."""
+        vars(self)["at"] = at
+        if at == 0:
+            self.space = space
+        else:
+            vars(self)["space"] = space
+
+    def weight_change(self, weight: Tensor) -> Tensor:
+        return self.layout.matrix(self.space.part(self.at).to(weight.device).view(weight.shape))
+
+    def bias_change(self, bias: Tensor | None) -> Tensor | None:
+        if bias is None or not self.layout.bias:
+            return None
+        return self.space.part(self.at + 1).to(bias.device)
+
+    def branch(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        change = self.layout.shaped(self.weight_change(weight), weight).to(weight.dtype)
+        own = self.bias_change(bias)
+        return self.layout.base(x, change, None if own is None else own.to(weight.dtype))
+
+    def restored(self) -> None:
+        if self.at == 0:
+            self.space.refuse_other_draw()
