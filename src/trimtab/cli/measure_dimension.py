@@ -90,21 +90,14 @@ def _measured(flags: DimensionFlags, make: Callable[[], Problem], problem: Probl
     from trimtab.subspace.projection import make_projection
     from trimtab.subspace.runs import Runs, closing
     from trimtab.subspace.search import measure
-    from trimtab.subspace.trainers import problem_trainer
+    from trimtab.subspace.trainers import about_problem, problem_trainer
     from trimtab.train.machine import cores
 
     protocol, plan = _protocol(flags, problem), _plan(flags, problem)
     extra = {"diagonal": flags.diagonal} if flags.projection.startswith("fastfood") else {}
     make_projection(flags.projection, problem.sizes, 1, 0, **extra)  # refuses what cannot be before anything is trained
     workers = flags.workers or cores()
-    about = {
-        "task": problem.name,
-        "parameters": problem.D,
-        "projection": flags.projection,
-        **extra,
-        **dataclasses.asdict(protocol),
-        "learning rate in a subspace": "lr · √(D/d)" if flags.lr_scale == "sqrt" else "lr",
-    }
+    about = about_problem(problem, protocol, flags.projection, extra)
     trainer = functools.partial(problem_trainer, make, protocol, flags.projection, extra)
     folder = Path(flags.out) if flags.out is not None else None
     screen.say(f"{problem.name}: {problem.D:,} parameters, {workers} at a time, {protocol.epochs} epochs a run")
@@ -119,7 +112,8 @@ def _measured(flags: DimensionFlags, make: Callable[[], Problem], problem: Probl
         measured = measure(
             runs, problem.D, plan, scored=problem.scored, chance=problem.chance, examples=len(split), at=at
         )
-    return measured, Told(problem.name, problem.metric, split.name, {**about, "scored": split.name})
+    scale = "lr · √(D/d)" if flags.lr_scale == "sqrt" else "lr"
+    return measured, Told(problem.name, problem.metric, split.name, {**about, "lr": plan.lr, "lr in a subspace": scale})
 
 
 def _protocol(flags: DimensionFlags, problem: Problem) -> Protocol:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,6 +18,12 @@ def problem_trainer(
 ) -> Trainer:
     """The trainer of a self-contained problem. make: gives the problem; called once. options: of the projection."""
     return functools.partial(_train, make(), protocol, projection, dict(options))
+
+
+def about_problem(problem: Problem, protocol: Protocol, projection: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What such runs depend on besides d, seed and learning rate, as plain values."""
+    own = {key: value for key, value in dataclasses.asdict(protocol).items() if key != "lr"}
+    return {"task": problem.name, "parameters": problem.D, "projection": projection, **options, **own}
 
 
 def _train(problem: Problem, protocol: Protocol, projection: str, options: dict[str, Any], run: Run) -> Outcome:
