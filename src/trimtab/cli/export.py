@@ -15,7 +15,9 @@ class ExportFlags(ModelName):
     adapter: str = option(help="the adapter's folder")
     any_base: bool = option(False, ANY_BASE)
     out: str = option(help="folder for the exported adapter")
-    format: Literal["peft"] = option("peft", "peft: a standard LoRA that PEFT and others load")
+    format: Literal["peft", "dense"] = option(
+        "peft", "peft: a standard LoRA that PEFT and others load; dense: ΔW of each weight, as method full saves it"
+    )
 
 
 def run(name: str, summary: str, argv: list[str]) -> None:
@@ -25,11 +27,12 @@ def run(name: str, summary: str, argv: list[str]) -> None:
     screen = Screen(output)
     loaded = load_model(flags, screen)
     import trimtab
+    from trimtab.formats.dense import export_dense
     from trimtab.formats.peft import export_peft
 
     with screen.progress("loading the adapter"):
         adapter = trimtab.load(loaded.model, flags.adapter, any_base=flags.any_base)
     with screen.progress("writing the adapter"):
-        folder = export_peft(adapter, flags.out)
+        folder = (export_dense if flags.format == "dense" else export_peft)(adapter, flags.out)
     screen.outcome(f"{flags.format} adapter: {folder}")
     screen.result({"adapter": str(folder), "format": flags.format})

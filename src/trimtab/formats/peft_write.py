@@ -38,6 +38,11 @@ def save_adapter(adapter: Adapter, path: str | Path) -> Path:
     Raises StorageError when the disk is full or the place cannot be written; an adapter that stood there stays whole.
     """
     own_state(adapter)
+    return write_adapter(adapter, path)
+
+
+def write_adapter(adapter: Adapter, path: str | Path) -> Path:
+    """`save_adapter` of an adapter that need not be on its model."""
     method = adapter.method
     standard = method.peft_type and not any(delta.other_in_peft() for delta in adapter.deltas.values())
     config = {"peft_type": method.peft_type if standard else OWN_TYPE + method.name.upper(), **method.peft_config()}
