@@ -57,15 +57,20 @@ def test_a_run_has_its_folder_its_figures_and_the_head_in_its_adapter(trained, t
     assert found == done.json
     assert (found["task"], found["classes"], found["truncated_rows"]) == ("sst2", ["0", "1"], 0)
     assert found["supervised_tokens"] == 400  # rows
-    assert found["evaluation"]["accuracy"] >= 0.8  # by chance 0.0003
-    assert found["evaluation"]["majority"] == pytest.approx(18 / 35)
+    assert found["accuracy"]["after"] >= 0.8  # by chance 0.0003
+    assert found["accuracy"]["chance"] == pytest.approx(18 / 35)
+    assert found["matthews"]["chance"] == found["f1"]["chance"] == 0  # always class 0, of 18 rows
     assert found["eval_loss"] < found["eval_loss_before"]
     config = json.loads((out / "adapter" / "adapter_config.json").read_text())
     assert config["modules_to_save"] == ["classifier"]
     assert config["task_type"] == "SEQ_CLS"
     sample = json.loads((out / "samples.jsonl").read_text().splitlines()[0])
     assert sample["expected"] == "0"
-    assert sample["after"] in ("0", "1")
+    assert {sample["before"], sample["after"]} <= {"0", "1"}
+    assert trimtab("report", out).code == 0
+    page = (out / "report.html").read_text()
+    assert "nats per row" in page
+    assert "supervised token" not in page
 
 
 def test_an_adapter_is_evaluated_with_its_head_and_each_result_is_kept(trained, evaluated, tmp_path, monkeypatch):

@@ -15,8 +15,9 @@ from trimtab.tasks import make_task
 from trimtab.tasks.nlu import Classification, ClassRecord, Sentences
 
 if TYPE_CHECKING:
+    from trimtab.adapt.adapter import Adapter
     from trimtab.models.classifier import Classifier
-    from trimtab.tasks.figures import Figures
+    from trimtab.tasks.results import Outcome
 
 
 def train_classifier(recipe: Recipe, folder: Path, screen: Screen) -> dict[str, Any]:
@@ -26,7 +27,6 @@ def train_classifier(recipe: Recipe, folder: Path, screen: Screen) -> dict[str, 
     from trimtab.data.label_batch import pad_labelled
     from trimtab.report.record import write_result
     from trimtab.tasks.classify import encoded
-    from trimtab.tasks.figures import plain
     from trimtab.train.loss import class_loss
     from trimtab.train.metrics import make_logger
 
@@ -43,7 +43,7 @@ def train_classifier(recipe: Recipe, folder: Path, screen: Screen) -> dict[str, 
     result = fit_run(recipe, adapter, loaded.tokenizer, examples, evaluation, folder, screen, loggers, **how)
     result |= record.to_provenance() | {"truncated_rows": sum(e.truncated > 0 for e in examples)}
     if held:
-        result["evaluation"] = plain(_measured(recipe, loaded, task, held, record, folder, screen))
+        result |= _gains(recipe, loaded, adapter, task.items_of(held, task.classes), record, folder, screen)
     write_result(folder, result)
     return result
 
@@ -75,32 +75,44 @@ def _warn_of_overlap(rows: Sequence[LabelledRow], held: Sequence[LabelledRow], s
         screen.warn(f"{double} of the {len(held)} rows to evaluate on are among those to train on")
 
 
-def _measured(
+def _gains(
     recipe: Recipe,
     loaded: Classifier,
-    task: Classification,
-    held: Sequence[LabelledRow],
+    adapter: Adapter,
+    items: Sequence[Sentences],
     record: ClassRecord,
     folder: Path,
     screen: Screen,
-) -> Figures:
-    """The figures of the evaluation rows; the first of them become the samples of the report."""
+) -> dict[str, Any]:
+    """The figures of the evaluation rows, before training, below the head as it was drawn, and after.
+
+    The first rows become the samples of the report.
+    """
     from trimtab.report.record import write_samples
     from trimtab.tasks.classify import classify
-    from trimtab.tasks.figures import figures
+    from trimtab.tasks.figures import gains
 
-    items = task.items_of(held, task.classes)
+    task = Classification(record.task, record.classes)
     with screen.progress("evaluating", "rows") as update:
-        outcomes = classify(loaded, task, items, max_length=record.max_length, progress=update)
-    shown = list(zip(items, outcomes, strict=True))[: recipe.record.samples]
+
+        def answers(done: int) -> Sequence[Outcome]:
+            def told(now: float, _: int) -> None:
+                update(done + now, 2 * len(items))
+
+            return classify(loaded, task, items, max_length=record.max_length, progress=told)
+
+        after = answers(0)
+        with adapter.disable():
+            before = answers(len(items))
+    shown = list(zip(items, before, after, strict=True))[: recipe.record.samples]
     if shown:
-        write_samples(folder, [_sample(item, str(outcome.prediction)) for item, outcome in shown])
-    return figures(task, items, outcomes)
+        write_samples(folder, [_sample(item, str(old.prediction), str(new.prediction)) for item, old, new in shown])
+    return gains(task, items, before, after)
 
 
-def _sample(item: Sentences, prediction: str) -> dict[str, str | None]:
+def _sample(item: Sentences, before: str, after: str) -> dict[str, str]:
     prompt = item.question if item.second is None else f"{item.question}\n{item.second}"
-    return {"prompt": prompt, "expected": item.answer, "before": None, "after": prediction}
+    return {"prompt": prompt, "expected": item.answer, "before": before, "after": after}
 
 
 def tell_classifier(result: dict[str, Any], recipe: Recipe, folder: Path, screen: Screen) -> None:
@@ -111,12 +123,11 @@ def tell_classifier(result: dict[str, Any], recipe: Recipe, folder: Path, screen
         + (f", evaluation {result['eval_loss']:.3f}" if result["eval_loss"] is not None else "")
         + (f" ({before:.3f} before training)" if (before := result.get("eval_loss_before")) is not None else "")
     )
-    found = result.get("evaluation")
-    if found:
-        low, high = found["interval"]
+    if "accuracy" in result:
+        found, (low, high) = result["accuracy"], result["accuracy"]["interval_after"]
         screen.outcome(
-            f"accuracy {found['accuracy']:.3f} ({low:.3f} to {high:.3f}) on {found['items']:,} rows, always the "
-            f"commonest class {found['majority']:.3f}; F1 {found['f1']:.3f}, Matthews {found['matthews']:.3f}"
+            f"accuracy {found['after']:.3f} ({low:.3f} to {high:.3f}) on {found['items']:,} rows, always the commonest "
+            f"class {found['chance']:.3f}; F1 {result['f1']['after']:.3f}, Matthews {result['matthews']['after']:.3f}"
         )
     screen.outcome(f"adapter: {result['adapter']}")
     model, adapter = (shlex.quote(str(x)) for x in (recipe.model.model, result["adapter"]))

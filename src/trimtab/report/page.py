@@ -37,15 +37,14 @@ FIGURES = {
     "real_tokens": ("Tokens seen, padding excluded", lambda value: f"{count(value)} tokens"),
     "supervised_tokens": ("Tokens supervised", lambda value: f"{count(value)} tokens"),
     "tokens_per_second": ("Speed", lambda value: f"{number(value)} tokens per second"),
-    "train_loss": ("Training loss", lambda value: f"{number(value, 4)} nats per supervised token"),
-    "eval_loss": ("Evaluation loss", lambda value: f"{number(value, 4)} nats per supervised token"),
-    "eval_loss_before": (
-        "Evaluation loss before training",
-        lambda value: f"{number(value, 4)} nats per supervised token",
-    ),
     "peak_rss_bytes": ("Peak memory (resident set)", mebibytes),
     "trainable_parameters": ("Trainable parameters", lambda value: f"{value:,} parameters"),
     "base_parameters": ("Frozen parameters", lambda value: f"{value:,} parameters"),
+}
+LOSSES = {
+    "train_loss": "Training loss",
+    "eval_loss": "Evaluation loss",
+    "eval_loss_before": "Evaluation loss before training",
 }
 ENVIRONMENT = ("dtype", "threads", "versions")
 
@@ -110,7 +109,7 @@ def context(run: RunFolder) -> dict[str, Any]:
         "config": run.config_text,
         "method_lr": _method_lr(run),
         "has_result": run.result is not None,
-        "figures": _figures(result, measures),
+        "figures": _figures(run, measures),
         "environment": _environment(result),
     }
 
@@ -154,7 +153,8 @@ def _summary(run: RunFolder) -> str:
         parts += f" for {counted(run.last('step'), 'optimizer step')}"
     if known["real_tokens"] is not None:
         supervised = known["supervised_tokens"]
-        note = f", of which {count(supervised)} were supervised," if supervised is not None else ""
+        learned = "in {} rows" if run.classifies else "of which {} were supervised"
+        note = f", {learned.format(count(supervised))}," if supervised is not None else ""
         parts += f" on {count(known['real_tokens'])} tokens{note}"
     if known["seconds"] is not None:
         parts += f" in {duration(known['seconds'])}"
@@ -181,7 +181,7 @@ def _tiles(run: RunFolder, measures: Sequence[Measure]) -> list[dict[str, str]]:
         steps, losses = run.series("step", key)
         if losses:
             start = f"from {number(losses[0])} at step {steps[0]:g}" if len(losses) > 1 else f"at step {steps[0]:g}"
-            note = "nats per supervised token"
+            note = run.loss_unit
             tiles.append({"label": label, "value": number(losses[-1]), "change": start, "note": note, "chance": ""})
             break
     return tiles
@@ -270,15 +270,20 @@ def _audit_row(row: Mapping[str, Any]) -> dict[str, str]:
     return shown
 
 
-def _figures(result: Mapping[str, Any], measures: Sequence[Measure]) -> list[tuple[str, str]]:
+def _figures(run: RunFolder, measures: Sequence[Measure]) -> list[tuple[str, str]]:
     """Every key of result.json that has no place elsewhere: known ones with their unit, others as they are."""
+    result = run.result or {}
     elsewhere = {row.key for row in measures} | set(ENVIRONMENT)
     elsewhere |= {"warnings"} if isinstance(result.get("warnings"), list) else set()
     rows = []
     for key, value in result.items():
         if key in elsewhere:
             continue
-        if key in FIGURES and value is not None:
+        if key in LOSSES and value is not None:
+            rows.append((LOSSES[key], f"{number(value, 4)} {run.loss_unit}"))
+        elif key == "supervised_tokens" and value is not None and run.classifies:
+            rows.append(("Rows learned from", f"{count(value)} rows"))
+        elif key in FIGURES and value is not None:
             label, show = FIGURES[key]
             rows.append((label, show(value)))
         else:

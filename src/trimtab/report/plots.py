@@ -27,7 +27,7 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
 
 
 def curves(run: RunFolder) -> str:
-    """Training and evaluation loss (nats per supervised token), learning rate and gradient norm over steps."""
+    """Training and evaluation loss, learning rate and gradient norm over steps."""
     below = [
         (key, title, colour)
         for key, title, colour in (
@@ -88,7 +88,7 @@ def _paint_loss(axes: Any, run: RunFolder) -> None:
     if losses:
         style = {"marker": "o", "markersize": 5, "markeredgewidth": 0, "linewidth": 1.1, "linestyle": (0, (4, 2))}
         axes.plot(steps, losses, color=SECOND, label="evaluation loss", clip_on=False, zorder=5, **style)
-    axes.set_title("Loss, nats per supervised token")
+    axes.set_title(f"Loss, {run.loss_unit}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.locator_params(axis="y", nbins=7)
     axes.margins(x=0.01)

@@ -34,6 +34,16 @@ class RunFolder:
     audit: Row | None
     layers: Sequence[Row]
 
+    @property
+    def classifies(self) -> bool:
+        """Whether a classifier was trained: each of its rows is one term of the loss, and no token is."""
+        return self.config.get("task") is not None
+
+    @property
+    def loss_unit(self) -> str:
+        """The unit of the run's losses."""
+        return f"nats per {'row' if self.classifies else 'supervised token'}"
+
     def series(self, x: str, y: str) -> tuple[list[float], list[float]]:
         """The rows of metrics.jsonl that hold both keys, as two lists, in file order."""
         rows = [row for row in self.metrics if row.get(x) is not None and row.get(y) is not None]

@@ -18,9 +18,11 @@ LABELS = {
     "subtoken_f1": "Subtoken F1",
     "exact_match": "Exact match",
     "knowledge": "General knowledge",
+    "f1": "F1",
+    "matthews": "Matthews correlation",
 }
 # Shares of a whole, shown in percent; F1 is a mean of two shares and is customarily left as a number.
-PERCENT_MEASURES = frozenset(("exact_match", "knowledge"))
+PERCENT_MEASURES = frozenset(("exact_match", "knowledge", "accuracy"))
 MEASURE_KEYS = frozenset(
     (
         *("before", "after", "interval_before", "interval_after", "interval_of_change"),

@@ -10,7 +10,7 @@ from typing import Any
 
 from trimtab.tasks.confusion import confusion, f1, interval_of, matthews
 from trimtab.tasks.results import Outcome
-from trimtab.tasks.statistics import Interval, bootstrap, mean
+from trimtab.tasks.statistics import Interval, bootstrap, mean, paired_bootstrap
 from trimtab.tasks.task import Item, Task, WordedTask
 
 
@@ -71,3 +71,31 @@ def plain(found: Figures) -> dict[str, Any]:
     row = dataclasses.asdict(found)
     own = {key: [value["low"], value["high"]] if isinstance(value, dict) else value for key, value in row.items()}
     return {key: value for key, value in own.items() if value is not None or key == "unparseable"}
+
+
+def gains(task: Task, items: Sequence[Item], before: Sequence[Outcome], after: Sequence[Outcome]) -> dict[str, Any]:
+    """Accuracy, F1 and Matthews before and after, for a report; chance is always giving the commonest class."""
+    classes, answers = items[0].choices, [item.answer for item in items]
+    commonest = Counter(answers).most_common(1)[0][0]
+    always = confusion(answers, [commonest] * len(items), classes)
+    old, new = (plain(figures(task, items, outcomes)) for outcomes in (before, after))
+    change = paired_bootstrap([outcome.correct for outcome in before], [outcome.correct for outcome in after])
+    found: dict[str, Any] = {
+        key: {
+            "before": old[key],
+            "after": new[key],
+            "interval_before": old[ends],
+            "interval_after": new[ends],
+            "resampled": "rows",
+            "resampled_number": len(items),
+            "chance": chance,
+            "items": len(items),
+        }
+        for key, ends, chance in (
+            ("accuracy", "interval", new["majority"]),
+            ("f1", "f1_interval", float(f1(always))),
+            ("matthews", "matthews_interval", float(matthews(always))),
+        )
+    }
+    found["accuracy"]["interval_of_change"] = [change.low, change.high]
+    return found
