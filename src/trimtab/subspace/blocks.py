@@ -231,8 +231,9 @@ class Fastfood(Blocks):
         n, (blocks, m) = len(g), diagonal.shape
         y = hadamard_(g.view(n, blocks, m)).mul_(diagonal).view(n, -1)
         y = torch.empty_like(y).scatter_(1, order.expand(n, -1), y)
-        y = y.view(n, blocks, m // self.reach, self.reach).sum(2)
-        return hadamard_(y).mul_(sign).sum(1)
+        if self.reach < m:
+            y = y.view(n, blocks, -1, self.reach).sum(2)
+        return hadamard_(y.view(n, blocks, self.reach)).mul_(sign).sum(1)
 
 
 class FastfoodBlocks(Fastfood):

@@ -111,15 +111,23 @@ class Sparse(KeptMatrix):
             spare = torch.randint(self.D, (self.columns,), generator=stream(self.seed, f"{self.name} spare"))
             rows, columns = torch.cat([rows, spare[empty]]), torch.cat([columns, empty])
             values, squares[empty] = torch.cat([values, torch.ones(len(empty))]), 1.0
-        return rows, columns, (values / squares.sqrt()[columns]).float()
+        values = (values / squares.sqrt()[columns]).float()
+        order = rows.argsort(stable=True)  # row after row both products read and write in order
+        return rows[order], columns[order], values[order]
 
     def _expand(self, x: Tensor) -> Tensor:
         rows, columns, values = self._drawn(x.device)
-        return x.new_zeros(len(x), self.D).scatter_add_(1, rows.expand(len(x), -1), x.index_select(1, columns) * values)
+        out = x.new_zeros(len(x), self.D)
+        for each, result in zip(x, out, strict=True):  # in one dimension it is twice as fast
+            result.scatter_add_(0, rows, each.index_select(0, columns).mul_(values))
+        return out
 
     def _adjoint(self, g: Tensor) -> Tensor:
         rows, columns, values = self._drawn(g.device)
-        return g.new_zeros(len(g), self.d).scatter_add_(1, columns.expand(len(g), -1), g.index_select(1, rows) * values)
+        out = g.new_zeros(len(g), self.d)
+        for each, result in zip(g, out, strict=True):
+            result.scatter_add_(0, columns, each.index_select(0, rows).mul_(values))
+        return out
 
 
 class SparseGlobal(Sparse):
