@@ -1,0 +1,210 @@
+"""Runs of a pretrained model on sentences or pairs of them, in subspaces and with all parameters.
+
+After Aghajanyan et al. 2020 (arXiv 2012.13255): all parameters are in D, the head's included, which is drawn from the
+seed; the model starts from its checkpoint, or from weights drawn at random as the control.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trimtab.adapt.module import modes_kept
+from trimtab.data.label_batch import LabelledExample, pad_labelled
+from trimtab.data.labelled import LabelledRow, hold_out
+from trimtab.errors import UsageError
+from trimtab.models.classifier import Classifier, load_classifier
+from trimtab.subspace.problem import stream
+from trimtab.subspace.reparameterize import Subspace
+from trimtab.subspace.runs import Run
+from trimtab.subspace.training import Outcome
+from trimtab.tasks.classify import encoded
+from trimtab.tasks.nlu import KNOWN, Classification
+
+SCORED_ROWS = 64
+HELD_OUT = 0.15
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What the runs are of, and how they are trained: Adam at a constant rate, as the problems of Li et al. are.
+
+    model, pretrained: see `load_classifier`. task: sst2, mrpc, or classification with files of one's own: data is then
+    the training file and test the other one; else data is the folder with the task's files. mode, layers, projection,
+    options: see `Subspace`. rows, test_rows: at most so many, drawn once, the same for every run. max_length: tokens of
+    a row.
+    """
+
+    model: str
+    task: str
+    data: str | None = None
+    test: str | None = None
+    pretrained: bool = True
+    mode: str = "did"
+    layers: str | None = None
+    projection: str = "uni"
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    rows: int | None = None
+    test_rows: int | None = None
+    epochs: int = 3
+    batch_size: int = 32
+    max_length: int = 128
+
+    def about(self) -> dict[str, Any]:
+        """What runs depend on besides d, seed and learning rate, as plain values; files by their names."""
+        plain = dataclasses.asdict(self)
+        return {**plain, **{key: Path(plain[key]).name for key in ("model", "data", "test") if plain[key]}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """The rows of each split, and the classes there are."""
+
+    classes: tuple[str, ...]
+    train: tuple[LabelledRow, ...]
+    validation: tuple[LabelledRow, ...]
+    test: tuple[LabelledRow, ...]
+
+    @property
+    def chance(self) -> float:
+        """The share of the test split's largest class."""
+        return max(Counter(row.label for row in self.test).values()) / len(self.test)
+
+
+def read_splits(setting: Setting) -> Splits:
+    """The rows that a setting names. UsageError for files that are not there, and classes missing from a split."""
+    task = Classification(setting.task)
+    known = KNOWN.get(setting.task)
+    if known is None and (setting.data is None or setting.test is None):
+        raise UsageError("a file of your own needs another one to be scored on: give both")
+    rows = task.rows(task.path("train", setting.data))
+    test = task.rows(task.path("test", setting.data) if known else Path(str(setting.test)).expanduser())
+    classes = task.classes or tuple(sorted({row.label for row in rows}))
+    missing = [label for label in classes if label not in {row.label for row in test}]
+    if missing:
+        raise UsageError(f"the split that is scored has no row of class {missing[0]}")
+    if known and "dev" in known.splits:
+        validation = task.rows(task.path("dev", setting.data))
+    else:
+        rows, validation = hold_out(rows, HELD_OUT, 0)
+    few = setting.test_rows
+    return Splits(classes, _some(rows, setting.rows), _some(validation, few), _some(test, few))
+
+
+def _some(rows: Sequence[LabelledRow], count: int | None) -> tuple[LabelledRow, ...]:
+    if count is None or count >= len(rows):
+        return tuple(rows)
+    kept = set(random.Random(0).sample(range(len(rows)), count))
+    return tuple(row for i, row in enumerate(rows) if i in kept)
+
+
+class SentenceTrainer:
+    """Trains one run after another; the data is read once, and the model is loaded anew for each."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting, self.splits = setting, read_splits(setting)
+
+    def load(self, seed: int) -> Classifier:
+        """The model of a run: its head, or all of it, is drawn from the seed."""
+        return load_classifier(self.setting.model, self.splits.classes, seed, pretrained=self.setting.pretrained)
+
+    def __call__(self, run: Run) -> Outcome:
+        loaded = self.load(run.seed)
+        parts = {name: self._encoded(name, loaded) for name in ("train", "validation", "test")}
+        pad = loaded.tokenizer.pad_token_id
+        net, trained = self._net(loaded.model, run)
+        first = _mean_loss(net, parts["train"], pad)
+        begun = time.perf_counter()
+        steps = self._fit(net, trained, parts["train"], pad, run)
+        seconds = time.perf_counter() - begun
+        final = _mean_loss(net, parts["train"], pad)
+        scores = {name: _accuracy(net, examples, pad) for name, examples in parts.items()}
+        size = sum(p.numel() for p in loaded.model.parameters())
+        return Outcome(
+            seed=run.seed,
+            d=run.d or size,
+            lr=run.lr,
+            **scores,
+            first_loss=first,
+            final_loss=final,
+            seconds=seconds,
+            steps=steps,
+            diverged=not final <= first,
+        )
+
+    def _encoded(self, split: str, loaded: Classifier) -> list[LabelledExample]:
+        task, rows = Classification(self.setting.task), getattr(self.splits, split)
+        return encoded(task.items_of(rows, self.splits.classes), loaded, self.setting.max_length)
+
+    def _net(self, model: nn.Module, run: Run) -> tuple[nn.Module, list[nn.Parameter]]:
+        if run.d is None:
+            return model, [p for p in model.parameters() if p.requires_grad]
+        s = self.setting
+        made = Subspace.of(
+            model, d=run.d, mode=s.mode, projection=s.projection, seed=run.seed, layers=s.layers, **s.options
+        )
+        return made, list(made.trained())
+
+    def _fit(
+        self, net: nn.Module, trained: list[nn.Parameter], examples: list[LabelledExample], pad: int, run: Run
+    ) -> int:
+        order, steps = torch.Generator().manual_seed(stream(run.seed, "order")), 0
+        optimizer = torch.optim.Adam(trained, lr=run.lr)
+        with torch.random.fork_rng(), modes_kept(net):
+            torch.manual_seed(stream(run.seed, "dropout"))
+            net.train()
+            for _ in range(self.setting.epochs):
+                for rows in torch.randperm(len(examples), generator=order).split(self.setting.batch_size):
+                    loss = _loss(net, [examples[i] for i in rows.tolist()], pad)
+                    if not math.isfinite(loss.item()):
+                        return steps
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    steps += 1
+        return steps
+
+
+def _logits(net: nn.Module, examples: Sequence[LabelledExample], pad: int) -> tuple[Tensor, Tensor]:
+    batch = pad_labelled(examples, pad)
+    logits: Tensor = net(**batch.inputs).logits
+    return logits.float(), batch.targets
+
+
+def _loss(net: nn.Module, examples: Sequence[LabelledExample], pad: int) -> Tensor:
+    return F.cross_entropy(*_logits(net, examples, pad))
+
+
+def _batches(examples: Sequence[LabelledExample]) -> list[list[LabelledExample]]:
+    """Of rows that are alike in length, so that little is padded."""
+    ordered = sorted(examples, key=lambda example: len(example.input_ids))
+    return [ordered[i : i + SCORED_ROWS] for i in range(0, len(ordered), SCORED_ROWS)]
+
+
+@torch.no_grad()
+def _mean_loss(net: nn.Module, examples: Sequence[LabelledExample], pad: int) -> float:
+    few = examples[: 4 * SCORED_ROWS]  # what tells a run that diverged needs no more
+    with modes_kept(net):
+        net.eval()
+        return sum(float(_loss(net, part, pad)) * len(part) for part in _batches(few)) / len(few)
+
+
+@torch.no_grad()
+def _accuracy(net: nn.Module, examples: Sequence[LabelledExample], pad: int) -> float:
+    right = 0
+    with modes_kept(net):
+        net.eval()
+        for part in _batches(examples):
+            logits, labels = _logits(net, part, pad)
+            right += int((logits.argmax(1) == labels).sum())
+    return right / len(examples)
