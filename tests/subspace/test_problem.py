@@ -29,6 +29,8 @@ def test_streams_of_one_seed_differ_by_purpose_and_repeat():
     assert stream(3, "start") == stream(3, "start")
     assert len({stream(seed, purpose) for seed in range(20) for purpose in ("start", "order")}) == 40
     torch.Generator().manual_seed(stream(2**40, "start"))  # fits what torch takes
+    with pytest.raises(UsageError, match="at least 0"):
+        stream(-1, "start")
 
 
 def test_an_unknown_problem_is_refused_with_the_nearest_name():

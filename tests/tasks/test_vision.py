@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.nn import functional
 
 from trimtab.errors import FormatError, UsageError
 from trimtab.tasks.idx import FILES, read_idx
@@ -60,6 +61,20 @@ def test_lenet_has_the_papers_size(mnist):
     assert problem.D == 44_426 == count(lenet(0))
     assert problem.sizes == (150, 6, 2400, 16, 30720, 120, 10080, 84, 840, 10)
     assert problem.make_model(0)(problem.test.inputs[:3]).shape == (3, 10)
+
+
+def test_lenet_is_two_convolutions_each_pooled_and_three_layers():
+    net = lenet(0)
+    images = torch.rand(5, 784, generator=torch.Generator().manual_seed(0))
+    w = list(net.parameters())
+    hidden = functional.max_pool2d(functional.conv2d(images.view(5, 1, 28, 28), *w[0:2]).relu(), 2)
+    hidden = functional.max_pool2d(functional.conv2d(hidden, *w[2:4]).relu(), 2).flatten(1)
+    hidden = functional.linear(functional.linear(hidden, *w[4:6]).relu(), *w[6:8]).relu()
+    expected = functional.linear(hidden, *w[8:10])
+    torch.testing.assert_close(net(images), expected)
+    gradients = (torch.autograd.grad(outputs.square().sum(), w) for outputs in (net(images), expected))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)  # fp32 sums over places and images
 
 
 def test_kernels_start_as_he_has_it_and_biases_at_zero():

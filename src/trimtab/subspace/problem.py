@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from trimtab.errors import problems_to_error
+from trimtab.errors import UsageError, problems_to_error
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -108,5 +108,10 @@ class Problem:
 
 
 def stream(seed: int, purpose: str) -> int:
-    """A seed of its own for each purpose (start, order, ...) of one seed, so that their draws are independent."""
+    """A seed of its own for each purpose (start, order, ...) of one seed, so that their draws are independent.
+
+    UsageError for a seed below 0.
+    """
+    if seed < 0:
+        raise UsageError(f"seed is {seed}, but must be at least 0")
     return int(np.random.SeedSequence([seed, zlib.crc32(purpose.encode())]).generate_state(1, np.uint64)[0] >> 1)

