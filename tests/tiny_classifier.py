@@ -47,7 +47,7 @@ def make_folder(folder, kind="encoder", classes=None, **options):
             bert = t.BertConfig(
                 **sizes, vocab_size=len(tokenizer), max_position_embeddings=32, initializer_range=0.2, **options
             )
-            bert.num_labels = classes or 2
+            bert.num_labels = classes or bert.num_labels
             model = t.BertForSequenceClassification(bert) if classes else t.BertModel(bert)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -124,6 +124,8 @@ def test_known_tasks_have_their_splits_and_own_files_stand_for_one(tmp_path):
         make_task("mrpc").path("dev", tmp_path)
     with pytest.raises(UsageError, match="name yours with --data FILE"):
         OWN.path("test", tmp_path)
+    with pytest.raises(UsageError, match="there is no such file or folder"):
+        OWN.path("test", tmp_path / "nowhere.tsv")
     with pytest.raises(UsageError, match="the classes of sst2 are 0, 1, and not a, b"):
         Classification("sst2", ("a", "b"))
 
@@ -218,6 +220,12 @@ def test_a_head_that_the_checkpoint_has_is_kept_unless_its_classes_are_others(tm
     refuse_random(kept, None)
     with pytest.raises(UsageError, match=r"has no trained classifier\.bias, so its answers would be random"):
         refuse_random(fresh, None)
+
+
+def test_a_head_of_the_same_classes_keeps_its_own_order(tmp_path):
+    where = make_folder(tmp_path / "named", classes=2, id2label={0: "yes", 1: "no"}, label2id={"yes": 0, "no": 1})
+    assert load_classifier(str(where), ("no", "yes")).classes == ("yes", "no")
+    assert load_classifier(str(where), ("a", "b")).classes == ("a", "b")
 
 
 def test_a_pooler_that_is_missing_is_trained_and_a_missing_layer_is_an_error(tmp_path):

@@ -53,8 +53,7 @@ def run(name: str, summary: str, argv: list[str]) -> None:
     _check(flags)
     screen = Screen(output)
     asked = _questions(flags, screen)
-    classifies = isinstance(asked[0][0], Classification)
-    loaded = load_model(flags, screen, classes=asked[0][2][0].choices if classifies else ())
+    loaded = load_model(flags, screen, classes=_classes(asked))
     need_tokenizer(loaded)
     from trimtab.tasks.figures import plain
 
@@ -123,6 +122,17 @@ def _with_classes(flags: EvalFlags, tasks: Sequence[Task]) -> list[Task]:
     if not (heads and record):
         return list(tasks)
     return [dataclasses.replace(task, classes=record.classes) for task in heads]
+
+
+def _classes(asked: Asked) -> tuple[str, ...]:
+    """The classes that the tasks' head tells apart; none for tasks of words. UsageError where tasks have others."""
+    if not isinstance(asked[0][0], Classification):
+        return ()
+    first, *others = [(task.name, items[0].choices) for task, _, items in asked]
+    for name, choices in others:
+        if choices != first[1]:
+            raise UsageError(f"one head cannot have the classes of {first[0]} and of {name}: eval them one by one")
+    return first[1]
 
 
 def _scoring(flags: EvalFlags, asked: Asked) -> str:

@@ -48,7 +48,8 @@ def load_classifier(
     """The model called `name`, as `models.load` finds it, with a head for `classes` (names, or how many).
 
     What the checkpoint lacks, the head as a rule, is drawn from `seed`; a head of the same number of classes that it
-    has is kept. pretrained False: all weights are drawn, in fp32 unless a dtype is named. dtype, device: as for `load`.
+    has is kept, with its order of the classes where it names the same. pretrained False: all weights are drawn, in
+    fp32 unless a dtype is named. dtype, device: as for `load`.
     Raises UsageError for fewer than two classes, a model without such a class and a tokenizer that cannot pad;
     FormatError for a checkpoint that lacks more than a head and a pooler.
     """
@@ -63,6 +64,8 @@ def load_classifier(
     path = find(name, kind="classifier", trust_remote_code=trust_remote_code, progress=progress)
     check_folder(path)
     config = config_of(name, path, "classifier", trust_remote_code)
+    own = tuple(str(label) for _, label in sorted(config.id2label.items()))
+    names = own if set(own) == set(names) else names
     config.id2label, config.label2id = dict(enumerate(names)), {label: i for i, label in enumerate(names)}
     config.use_cache = False
     with torch.random.fork_rng():

@@ -71,6 +71,8 @@ class Classification(Task):
     def path(self, split: str = "test", data: str | Path | None = None) -> Path:
         """The file of a split; data may also be a file itself, which is then taken for the split."""
         named = Path(data or os.environ.get(VARIABLE) or "").expanduser()
+        if data and not named.exists():
+            raise UsageError(f"--data names {named}, and there is no such file or folder")
         return named if named.is_file() else super().path(split, data)
 
     def read(self, path: Path) -> tuple[Sentences, ...]:
