@@ -211,6 +211,31 @@ def test_a_merge_is_audited_and_biases_are_merged_too() -> None:
     assert torch.equal(logits(model, "gpt2"), unmerged)
 
 
+def test_tied_weights_are_one_part_and_stay_tied_when_merged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, targets = built("llama-tied"), ["all-linear", "embed_tokens", "lm_head"]
+    adapter = stir(trimtab.attach(model, small(), targets=targets))
+    D = sum(p.numel() for name, p in built("llama-tied").named_parameters() if "norm" not in name)
+    assert space(adapter).projection.D == D
+    own = changes(adapter)
+    assert torch.equal(own["model.embed_tokens.weight"], own["lm_head.weight"])
+    assert "shares its weight" not in caplog.text
+    unmerged, base = logits(model, "llama-tied"), model.lm_head.weight
+    audit = trimtab.merge(adapter)
+    assert model.lm_head.weight is model.model.embed_tokens.weight is not base
+    assert len(audit.layers) == len(adapter.deltas) - 1
+    torch.testing.assert_close(logits(model, "llama-tied"), unmerged, rtol=1e-4, atol=1e-5)
+    trimtab.unmerge(adapter)
+    assert model.lm_head.weight is model.model.embed_tokens.weight is base
+    folder = adapter.save(tmp_path / "a")
+    trimtab.load(built("llama-tied"), folder)
+    with pytest.raises(FormatError, match="trained for other weights"):
+        trimtab.load(built("llama"), folder, any_base=True)
+    alone = stir(trimtab.attach(built("llama-tied"), small(), targets=["embed_tokens"]))
+    assert "model.embed_tokens shares its weight with lm_head" in caplog.text
+    with pytest.raises(UsageError, match="would change both or untie them"):
+        trimtab.merge(alone)
+
+
 @pytest.mark.parametrize("mode", ["did", "said"])
 def test_a_run_that_was_stopped_ends_with_the_same_bits(mode: str, tmp_path: Path) -> None:
     def attach() -> trimtab.Adapter:

@@ -84,7 +84,7 @@ def attach(
     if not sites:
         raise UsageError("every target is among the extra modules, which are trained whole already")
     _check_patterns(method, placement, sites)
-    _warn_of_tied(modules, sites)
+    _warn_of_tied(modules, sites, method)
     generator = torch.Generator().manual_seed(seed)
     deltas = {site.path: (site.module, fitting_delta(method, placement, site, generator)) for site in sites}
     copied = _copied_names(modules, placement, deltas, extra)
@@ -203,10 +203,11 @@ def _check_patterns(method: Method, placement: Placement, sites: list[Site]) -> 
             )
 
 
-def _warn_of_tied(modules: Mapping[str, nn.Module], sites: Sequence[Site]) -> None:
-    shared = shared_parameters(modules)
+def _warn_of_tied(modules: Mapping[str, nn.Module], sites: Sequence[Site], method: Method) -> None:
+    shared, alike = shared_parameters(modules), {site.path for site in sites if method.shared}
     for site in sites:
-        others = [path for path, _ in shared.get(id(site.module._parameters["weight"]), ()) if path != site.path]
+        holders = [path for path, _ in shared.get(id(site.module._parameters["weight"]), ())]
+        others = [path for path in holders if path != site.path and path not in alike]
         if others:
             log.warning(
                 "%s shares its weight with %s, which the adapter does not change: merging it will be refused",

@@ -181,7 +181,8 @@ def _refuse_branch(adapter: Adapter) -> None:
 def _refuse_tied(adapter: Adapter) -> None:
     shared = shared_parameters(base_modules(adapter.model))
     for path, module in adapter.sites.items():
-        others = [p for p, _ in shared.get(id(module._parameters.get("weight")), ()) if p != path]
+        alike = adapter.deltas if adapter.method.shared else (path,)  # one change for all that a weight is tied to
+        others = [p for p, _ in shared.get(id(module._parameters.get("weight")), ()) if p not in alike]
         if path in adapter.deltas and others:
             raise UsageError(
                 f"{path} shares its weight with {others[0]}: merging would change both or untie them. Keep the adapter "
@@ -240,15 +241,14 @@ def _put_in(model: nn.Module, names: tuple[str, ...], dtype: torch.dtype | None)
     done: set[tuple[int, str]] = set()
     for change in _changes(known, names):
         done.add((id(change.module), change.name))
-        if change.deltas:
-            tensor, audits = _summed(change, dtype)
-            layers += [audit for name, audit in audits if name == names[-1]]
-        else:
-            copy = cast("Tensor", change.copy)
-            if id(copy) not in placed:  # tied copies stay tied
-                placed[id(copy)] = _as_held(_in_dtype(copy, change.base, dtype).clone(), copy)
-            tensor = placed[id(copy)]
-        _replace(merged, change.module, change.name, tensor)
+        source = change.base if change.deltas else cast("Tensor", change.copy)
+        if id(source) not in placed:  # what is tied stays tied
+            if change.deltas:
+                placed[id(source)], audits = _summed(change, dtype)
+                layers += [audit for name, audit in audits if name == names[-1]]
+            else:
+                placed[id(source)] = _as_held(_in_dtype(source, change.base, dtype).clone(), source)
+        _replace(merged, change.module, change.name, placed[id(source)])
     if dtype is not None:
         _cast_rest(model, merged, dtype, done)
     _strip(merged, known, names)

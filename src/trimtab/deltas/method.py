@@ -61,7 +61,8 @@ class Method:
     """Regular expression of its tensors' names below the module's path; by default `<name>.` and anything."""
 
     shared: ClassVar[bool] = False
-    """Whether its deltas share what they train: the first of an adapter holds it, and is alone in an adapter file."""
+    """Whether its deltas share what they train: the first of an adapter holds it, and is alone in an adapter file.
+    Tied weights then have the same change."""
 
     def __post_init__(self) -> None:
         problems_to_error(self.problems(), f"{type(self).__name__}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
@@ -21,16 +22,23 @@ from trimtab.options import option
 from trimtab.subspace.layers import layer_groups
 from trimtab.subspace.offsets import Offsets, groups_of
 
+log = logging.getLogger("trimtab")
+
+CACHE_BYTES = 2**32
+"""Up to which size P is kept, at some 9 bytes a weight; beyond it is drawn anew for each product, of which drawing is
+nine tenths."""
+
 
 @dataclasses.dataclass(frozen=True)
 class RandomSubspace(Method):
     """h = (W + (P θ_d)_W) x + b + (P θ_d)_b: `dim` numbers are trained for all weights together, P is random and fixed.
 
-    D counts the weights of the chosen modules and their biases; norms, the other embeddings and a head that is not
-    named are not in it, and stay as they are (`trimtab.subspace.reparameterize.Subspace` takes every parameter of a
-    model). mode said spends one of the `dim` numbers on each layer, as a factor λ of its part of P θ_d; a layer is a
-    transformer block, or with layers "tensor" each weight and each bias. P is not stored but drawn from
-    `projection_seed`: a file holds θ_d and eight numbers by which another draw is refused.
+    D counts the weights of the chosen modules and their biases, tied weights once. By default these are the linear
+    layers but for the head; embeddings and head are in it where they are named (through such a head the loss is
+    computed from the logits of all targets at once), norms never: `trimtab.subspace.reparameterize.Subspace` takes
+    every parameter of a model. mode said spends one of the `dim` numbers on each layer, as a factor λ of its part of
+    P θ_d; a layer is a transformer block, or with layers "tensor" each weight and each bias. P is not stored but drawn
+    from `projection_seed`: a file holds θ_d and eight numbers by which another draw is refused.
 
     The learning rate is an estimate: a step of Adam on θ_d moves the weights by about lr √d, so that full fine-tuning's
     2e-5 becomes 2e-5 √(D/d), which is 6e-3 for D = 1e8 and d = 1000.
@@ -62,10 +70,9 @@ class RandomSubspace(Method):
         return SubspaceDelta(self, layout)
 
     def bind(self, sites: Sequence[Site]) -> None:
-        space, at = Space(self, sites), 0
-        for delta in _deltas(sites):
-            delta.join(space, at)
-            at += 1 + delta.layout.bias
+        space = Space(self, sites)
+        for number, delta in enumerate(_deltas(sites)):
+            delta.join(space, *space.places[number], holds=number == 0)
 
     def prepare(self, sites: Sequence[Site], steps: int, progress: OnProgress | None = None) -> None:
         _deltas(sites)[0].space.refuse_other_draw()  # a checkpoint may be another machine's
@@ -79,25 +86,34 @@ class Space(Offsets):
     """What the deltas of one adapter share: θ_d, and P θ_d, computed once for all of them.
 
     drawn: eight entries of Pᵀ w for a fixed wave w, by which a draw that differs is found. order: what the weights
-    are, in order.
+    are, in order. places: for each delta the numbers of its weight and of its bias among the tensors; tied weights are
+    one tensor.
     """
 
     drawn: Tensor
     order: Tensor
 
     def __init__(self, method: RandomSubspace, sites: Sequence[Site]) -> None:
-        sizes, names = [], []
+        sizes: list[int] = []
+        names: list[str] = []
+        known: dict[Any, int] = {}
+        self.places: list[tuple[int, int]] = []
         for site in sites:
-            biases = [site.delta.layout.out_features] if site.delta.layout.bias else []
-            sizes += [site.weight.numel(), *biases]
-            names += [site.path.partition("[")[0]] * (1 + len(biases))
+            at, path = known.setdefault(_identity(site.weight), len(sizes)), site.path.partition("[")[0]
+            if at == len(sizes):
+                sizes, names = [*sizes, site.weight.numel()], [*names, path]
+            self.places.append((at, len(sizes)))
+            if site.delta.layout.bias:
+                sizes, names = [*sizes, site.delta.layout.out_features], [*names, path]
         groups = groups_of(method.mode, "tensor" if method.layers == "tensor" else None, layer_groups(names))
-        super().__init__(sizes, groups, method.dim, method.projection, method.projection_seed)
-        told = repr([(site.path, tuple(site.weight.shape)) for site in sites])
-        digest = hashlib.sha256(told.encode()).digest()
+        seed = method.projection_seed
+        super().__init__(sizes, groups, method.dim, method.projection, seed, cache_bytes=CACHE_BYTES)
+        told = [(site.path, tuple(site.weight.shape), *own) for site, own in zip(sites, self.places, strict=True)]
+        digest = hashlib.sha256(repr(told).encode()).digest()
         self.register_buffer("order", torch.tensor(int.from_bytes(digest[:7], "big")))
         self.register_buffer("drawn", self.theta_d.new_zeros(min(8, self.theta_d.numel())))
         if not self.theta_d.is_meta:  # else only its size is asked for
+            log.info("drawing P for %s weights and biases from seed %d", f"{sum(sizes):,}", seed)
             self.drawn = self._entries()
         self._here = None if self.theta_d.is_meta else (self.order.clone(), self.drawn.clone())
         self._known: _Known | None = None
@@ -148,6 +164,11 @@ class Space(Offsets):
         return {**self.__dict__, "_known": None, "_projection": None}  # both are made again
 
 
+def _identity(weight: Tensor) -> tuple[Any, ...]:
+    """What tied weights have in common, on the meta device too."""
+    return weight.untyped_storage()._cdata, weight.storage_offset(), weight.shape, weight.stride()
+
+
 def _forgetting(space: Space) -> Callable[[Tensor], None]:
     """A hook that drops the offsets: a backward pass through them frees what another one would need."""
     held = weakref.ref(space)
@@ -172,16 +193,17 @@ class _Known:
 class SubspaceDelta(Delta):
     """The part of P θ_d that is a weight's, and its bias's. The first delta of an adapter has the space as its child.
 
-    at: the number of the weight among the tensors of the space; the bias is the next.
+    at, bias_at: the numbers of weight and bias among the tensors of the space.
     """
 
     space: Space
     at: int
+    bias_at: int
 
-    def join(self, space: Space, at: int) -> None:
-        """Take a part of a space, which is in the state dict of the first delta alone."""
-        vars(self)["at"] = at
-        if at == 0:
+    def join(self, space: Space, at: int, bias_at: int, holds: bool) -> None:
+        """Take a part of a space. holds: whether the space is in this delta's state dict."""
+        vars(self).update(at=at, bias_at=bias_at)
+        if holds:
             self.space = space
         else:
             vars(self)["space"] = space
@@ -192,7 +214,7 @@ class SubspaceDelta(Delta):
     def bias_change(self, bias: Tensor | None) -> Tensor | None:
         if bias is None or not self.layout.bias:
             return None
-        return self.space.part(self.at + 1).to(bias.device)
+        return self.space.part(self.bias_at).to(bias.device)
 
     def branch(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         change = self.layout.shaped(self.weight_change(weight), weight).to(weight.dtype)
@@ -200,5 +222,5 @@ class SubspaceDelta(Delta):
         return self.layout.base(x, change, None if own is None else own.to(weight.dtype))
 
     def restored(self) -> None:
-        if self.at == 0:
+        if "space" in self._modules:
             self.space.refuse_other_draw()
