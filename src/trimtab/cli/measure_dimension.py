@@ -16,7 +16,8 @@ from trimtab.tasks.problems import PROBLEMS, make_problem
 
 if TYPE_CHECKING:
     from trimtab.subspace.problem import Problem, Protocol
-    from trimtab.subspace.search import Plan
+    from trimtab.subspace.search import Measured, Plan
+    from trimtab.subspace.subject import Subject
 
 NOTES = "tasks:\n" + "\n".join(f"  {name:<12} {line}" for name, line in PROBLEMS.items())
 
@@ -25,12 +26,21 @@ NOTES = "tasks:\n" + "\n".join(f"  {name:<12} {line}" for name, line in PROBLEMS
 class DimensionFlags:
     """What to measure, how sure to be, and how each run is trained."""
 
-    task: str = option("digits", "what is to be learned; see below")
-    data_dir: str | None = option(None, "folder with the task's files (MNIST's four IDX files)")
+    task: str = option("digits", "see below; with --model: sst2, mrpc, or a training file of sentences with labels")
+    data_dir: str | None = option(None, "folder with the task's files (MNIST's four IDX files, nlu/)")
+    test_data: str | None = option(None, "with a file as --task: the file that is scored")
+    model: str | None = option(None, "a pretrained encoder or causal model, under a head that is trained")
+    mode: Literal["did", "said"] = option("did", "with --model: one θ_d, or a λ for every layer out of the budget too")
+    random_weights: bool = option(False, "with --model: the same architecture, not pretrained, as a control")
+    rows: int | None = option(None, "with --model: at most so many rows to train on, drawn once")
+    test_rows: int | None = option(None, "with --model: at most so many rows to score on, drawn once")
     width: int | None = option(None, "of mnist-fc's hidden layers")
     depth: int | None = option(None, "how many hidden layers mnist-fc has")
     shuffle: Literal["none", "pixels", "labels"] = option("none", "of MNIST: a control")
-    projection: str = option("fastfood-blocks", "how θ_d becomes θ: dense, sparse, sparse-global, fastfood, ... or uni")
+    projection: str | None = option(
+        None,
+        "how θ_d becomes θ: dense, sparse, sparse-global, fastfood, fastfood-blocks (default) or uni (with --model)",
+    )
     diagonal: Literal["gaussian", "sign"] = option("gaussian", "G of the Fastfood projections")
     threshold: Literal["local", "global", "absolute"] = option(
         "local", "share of what training all parameters reaches, share of 1, or an accuracy"
@@ -50,21 +60,29 @@ class DimensionFlags:
     out: str | None = option(None, "folder that keeps every run, results.json and report.html; a search there goes on")
 
 
+SENTENCES_ONLY = ("test_data", "random_weights", "rows", "test_rows")
+PROBLEMS_ONLY = ("width", "depth", "l2")
+
+
 def run(name: str, summary: str, argv: list[str]) -> None:
     """Search, print, and write the page."""
     flags, output = options(DimensionFlags, name, summary, argv, NOTES)
-    make = _maker(flags)
+    _refuse_idle(flags)
     screen = Screen(output)
     load_libraries(screen)
-    from trimtab.report.dimension_page import result, score_rows, sentences, write_dimension
+    from trimtab.report.dimension_page import Told, result, score_rows, sentences, write_dimension
     from trimtab.report.template import check_plots
 
     if flags.out is not None:
         check_plots()
-    problem = make()
-    measured, about = _measured(flags, make, problem, screen)
-    rows = [[str(cell) for cell in row] for row in score_rows(measured)]
-    show_table(screen, "", ("d", "mean", "each seed", "learning rate"), rows)
+    with screen.progress("reading the task"):
+        subject = _subject(flags)
+    plan = _plan(flags, subject.lr)
+    measured = _measured(flags, subject, plan, screen)
+    scale = "lr · √(D/d)" if flags.lr_scale == "sqrt" else "lr"
+    protocol = {**subject.about, "lr": plan.lr, "lr in a subspace": scale}
+    about = Told(subject.title, subject.metric, subject.split, protocol, subject.features)
+    show_table(screen, "", ("d", "mean", "each seed", "learning rate"), score_rows(measured))
     for sentence in sentences(measured, about):
         screen.outcome(sentence)
     told = result(measured, about)
@@ -73,6 +91,45 @@ def run(name: str, summary: str, argv: list[str]) -> None:
         screen.outcome(f"report: {page}")
         told["report"] = str(page)
     screen.result(told)
+
+
+def _refuse_idle(flags: DimensionFlags) -> None:
+    """UsageError for flags that would change nothing."""
+    names = SENTENCES_ONLY if flags.model is None else PROBLEMS_ONLY
+    idle = [name for name in names if getattr(flags, name) not in (None, False)]
+    if flags.model is None and flags.mode != "did":
+        idle.append("mode")
+    if flags.model is not None and flags.shuffle != "none":
+        idle.append("shuffle")
+    if idle:
+        flag = f"--{idle[0].replace('_', '-')}"
+        raise UsageError(f"{flag} is for a task {'with' if flags.model is None else 'without'} --model")
+
+
+def _subject(flags: DimensionFlags) -> Subject:
+    from trimtab.subspace.sentences import Setting
+    from trimtab.subspace.subject import of_problem, of_sentences
+
+    projection = flags.projection or ("fastfood-blocks" if flags.model is None else "uni")
+    extra = {"diagonal": flags.diagonal} if projection.startswith("fastfood") else {}
+    if flags.model is None:
+        return of_problem(_maker(flags), functools.partial(_protocol, flags), projection, extra)
+    own = Path(flags.task).expanduser().is_file()
+    given: dict[str, Any] = {"epochs": flags.epochs, "batch_size": flags.batch_size}
+    setting = Setting(
+        flags.model,
+        "classification" if own else flags.task,
+        flags.task if own else flags.data_dir,
+        flags.test_data,
+        pretrained=not flags.random_weights,
+        mode=flags.mode,
+        projection=projection,
+        options=extra,
+        rows=flags.rows,
+        test_rows=flags.test_rows,
+        **{key: value for key, value in given.items() if value is not None},
+    )
+    return of_sentences(setting)
 
 
 def _maker(flags: DimensionFlags) -> Callable[[], Problem]:
@@ -85,43 +142,32 @@ def _maker(flags: DimensionFlags) -> Callable[[], Problem]:
     return functools.partial(make_problem, flags.task, folder, **given)
 
 
-def _measured(flags: DimensionFlags, make: Callable[[], Problem], problem: Problem, screen: Screen) -> Any:
-    from trimtab.report.dimension_page import Told
-    from trimtab.subspace.projection import make_projection
+def _protocol(flags: DimensionFlags, defaults: Protocol) -> Protocol:
+    given: dict[str, Any] = {"lr": flags.lr, "epochs": flags.epochs, "batch_size": flags.batch_size, "l2": flags.l2}
+    return dataclasses.replace(defaults, **{key: value for key, value in given.items() if value is not None})
+
+
+def _measured(flags: DimensionFlags, subject: Subject, plan: Plan, screen: Screen) -> Measured:
     from trimtab.subspace.runs import Runs, closing
     from trimtab.subspace.search import measure
-    from trimtab.subspace.trainers import about_problem, problem_trainer
     from trimtab.train.machine import cores
 
-    protocol, plan = _protocol(flags, problem), _plan(flags, problem)
-    extra = {"diagonal": flags.diagonal} if flags.projection.startswith("fastfood") else {}
-    make_projection(flags.projection, problem.sizes, 1, 0, **extra)  # refuses what cannot be before anything is trained
     workers = flags.workers or cores()
-    about = about_problem(problem, protocol, flags.projection, extra)
-    trainer = functools.partial(problem_trainer, make, protocol, flags.projection, extra)
     folder = Path(flags.out) if flags.out is not None else None
-    screen.say(f"{problem.name}: {problem.D:,} parameters, {workers} at a time, {protocol.epochs} epochs a run")
-    with screen.progress("training", "runs") as update, closing(Runs(trainer, about, folder, workers=workers)) as runs:
-        done: list[str] = []
+    screen.say(f"{subject.title}: {subject.D:,} parameters, {workers} at a time")
+    trained: list[str] = []
+    with screen.progress("training", "runs") as update:
 
         def at(text: str) -> None:
-            done.append(text)
-            update(len(done) - 1, max(10, len(done)), text)
+            update(len(trained), max(10, len(trained) + 1), f" {text}")
+            trained.append(text)
 
-        split = problem.splits[problem.scored]
-        measured = measure(
-            runs, problem.D, plan, scored=problem.scored, chance=problem.chance, examples=len(split), at=at
-        )
-    scale = "lr · √(D/d)" if flags.lr_scale == "sqrt" else "lr"
-    return measured, Told(problem.name, problem.metric, split.name, {**about, "lr": plan.lr, "lr in a subspace": scale})
+        with closing(Runs(subject.make, subject.about, folder, workers=workers)) as runs:
+            split: dict[str, Any] = {"scored": subject.scored, "chance": subject.chance, "examples": subject.examples}
+            return measure(runs, subject.D, plan, at=at, **split)
 
 
-def _protocol(flags: DimensionFlags, problem: Problem) -> Protocol:
-    given = {"lr": flags.lr, "epochs": flags.epochs, "batch_size": flags.batch_size, "l2": flags.l2}
-    return dataclasses.replace(problem.defaults, **{key: value for key, value in given.items() if value is not None})
-
-
-def _plan(flags: DimensionFlags, problem: Problem) -> Plan:
+def _plan(flags: DimensionFlags, lr: float) -> Plan:
     from trimtab.subspace.crossing import Threshold
     from trimtab.subspace.search import Plan
 
@@ -133,7 +179,7 @@ def _plan(flags: DimensionFlags, problem: Problem) -> Plan:
         resolution=flags.resolution,
         start=flags.start,
         grid=tuple(_numbers("grid", flags.grid or "", int)),
-        lr=problem.defaults.lr if flags.lr is None else flags.lr,
+        lr=lr if flags.lr is None else flags.lr,
         lr_scale=flags.lr_scale,
         rates=tuple(_numbers("rates", flags.rates, float)),
     )

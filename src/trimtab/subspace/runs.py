@@ -147,6 +147,9 @@ def _start(make: Callable[[], Trainer], threads: int) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     import torch
 
+    from trimtab.train.machine import keep_freed_memory
+
+    keep_freed_memory()
     torch.set_num_threads(threads)
     _own = make()
 

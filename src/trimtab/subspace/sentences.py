@@ -164,7 +164,7 @@ class SentenceTrainer:
             torch.manual_seed(stream(run.seed, "dropout"))
             net.train()
             for _ in range(self.setting.epochs):
-                for rows in torch.randperm(len(examples), generator=order).split(self.setting.batch_size):
+                for rows in torch.split(torch.randperm(len(examples), generator=order), self.setting.batch_size):
                     loss = _loss(net, [examples[i] for i in rows.tolist()], pad)
                     if not math.isfinite(loss.item()):
                         return steps

@@ -1,0 +1,92 @@
+"""What a search is of: a self-contained problem, or a pretrained model on sentences, seen alike."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from trimtab.subspace.problem import Problem, Protocol
+from trimtab.subspace.projection import make_projection
+from trimtab.subspace.runs import Trainer
+from trimtab.subspace.sentences import SentenceTrainer, Setting
+from trimtab.subspace.trainers import about_problem, problem_trainer
+
+FINE_TUNING_LR = 5e-5
+"""Of all parameters of a pretrained encoder: the largest of those that Devlin et al. 2019 (arXiv 1810.04805, appendix
+A.3) found to work across tasks."""
+
+
+class Subject(NamedTuple):
+    """title, metric, split: for people. D: parameters. scored, chance, examples: the split that counts, what guessing
+    scores there, its size. lr: by default, of all parameters. make: gives the trainer; can be sent to another process.
+    about: what the runs depend on. features: Σ (in + out) of the weights a LoRA would be put on, and how many; or None.
+    """
+
+    title: str
+    metric: str
+    split: str
+    D: int
+    scored: str
+    chance: float
+    examples: int
+    lr: float
+    make: Callable[[], Trainer]
+    about: Mapping[str, Any]
+    features: tuple[int, int] | None
+
+
+def of_problem(
+    make: Callable[[], Problem], change: Callable[[Protocol], Protocol], projection: str, options: Mapping[str, Any]
+) -> Subject:
+    """A self-contained problem, trained as `change` leaves its protocol."""
+    problem = make()
+    protocol = change(problem.defaults)
+    make_projection(projection, problem.sizes, 1, 0, **options)  # refuses what cannot be before anything is trained
+    split = problem.splits[problem.scored]
+    return Subject(
+        problem.name,
+        problem.metric,
+        split.name,
+        problem.D,
+        problem.scored,
+        problem.chance,
+        len(split),
+        protocol.lr,
+        functools.partial(problem_trainer, make, protocol, projection, dict(options)),
+        about_problem(problem, protocol, projection, options),
+        None,
+    )
+
+
+def of_sentences(setting: Setting) -> Subject:
+    """A model on a task of sentences. The model is loaded once, to be looked at."""
+    trainer = SentenceTrainer(setting)
+    loaded = trainer.load(0)
+    D = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
+    make_projection(setting.projection, [D], 1, 0, **setting.options)
+    start = "" if setting.pretrained else " with random weights"
+    return Subject(
+        f"{setting.task} for {loaded.name}{start}, {setting.mode.upper()}",
+        "accuracy",
+        f"{len(trainer.splits.test):,} test rows",
+        D,
+        "test",
+        trainer.splits.chance,
+        len(trainer.splits.test),
+        FINE_TUNING_LR,
+        functools.partial(SentenceTrainer, setting),
+        {**setting.about(), "parameters": D},
+        _features(loaded.model, loaded.head),
+    )
+
+
+def _features(model: nn.Module, head: tuple[str, ...]) -> tuple[int, int]:
+    own = [
+        module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not any(path == h or path.startswith(f"{h}.") for h in head)
+    ]
+    return sum(module.in_features + module.out_features for module in own), len(own)
