@@ -147,6 +147,33 @@ def test_what_is_written_into_theta_is_seen_at_once(write: str) -> None:
         assert not torch.allclose(model(x), before)
 
 
+def test_a_vector_put_in_its_place_gets_the_gradient() -> None:
+    model, x = reader(), tokens(4, 7)
+    adapter = stir(trimtab.attach(model, small(), targets=BLOCKS))
+    name = "blocks.0.qkv.deltas.default.space.theta_d"
+    (wanted,) = torch.autograd.grad(model(x).sum(), adapter.parameters())
+    model(x)  # leaves offsets that have not been through a backward pass
+    twin = space(adapter).theta_d.detach().clone()
+
+    def loss(theta_d: Tensor) -> Tensor:
+        out: Tensor = torch.func.functional_call(model, {name: theta_d}, (x,))
+        return out.sum()
+
+    (found,) = torch.autograd.grad(loss(twin.requires_grad_()), [twin])
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(torch.func.grad(loss)(twin.detach()), wanted)
+
+
+def test_a_vector_that_was_frozen_trains_once_it_is_freed() -> None:
+    model, x = reader(), tokens(4, 7)
+    theta_d = space(stir(trimtab.attach(model, small(), targets=BLOCKS))).theta_d
+    theta_d.requires_grad_(False)
+    model(x)
+    theta_d.requires_grad_(True)
+    model(x).sum().backward()
+    assert theta_d.grad is not None
+
+
 def test_the_vector_is_held_once() -> None:
     model = reader()
     adapter = trimtab.attach(model, small(mode="said"), targets=BLOCKS)

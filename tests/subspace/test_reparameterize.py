@@ -205,7 +205,7 @@ def test_a_model_without_trainable_parameters_is_refused() -> None:
 def test_gradient_checkpointing_is_refused_and_not_wrong() -> None:
     model = built("llama")
     subspace = Subspace.of(model, d=5).train()
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     with pytest.raises(UsageError, match="turn it off"):
         subspace(**batch("llama"))
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from trimtab.deltas.delta import Delta
@@ -139,15 +139,11 @@ class Space(Offsets):
 
     def part(self, number: int) -> Tensor:
         """The offset of one tensor, flat."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return self.offsets()[number]
-        # The values are compared too: whoever writes through .data leaves no other trace.
-        values = torch.cat([parameter.detach().flatten() for parameter in self.trained()])
-        mode = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), values.device, values.dtype)
-        known = self._known
-        if known is None or known.mode != mode or not torch.equal(known.values, values):
-            known = self._known = _Known(mode, values, self._computed())
-        return known.parts[number]
+        if self._known is None or not self._known.holds(self.trained()):
+            self._known = _Known(self.trained(), self._computed())
+        return self._known.parts[number]
 
     def _computed(self) -> list[Tensor]:
         # Gradient checkpointing counts what a block saves, and the offsets are computed in the first block alone.
@@ -181,13 +177,24 @@ def _forgetting(space: Space) -> Callable[[Tensor], None]:
     return forget
 
 
-@dataclasses.dataclass
 class _Known:
-    """Offsets that are computed already. mode, values: what they were computed in and of."""
+    """Offsets that are computed already, of what, and in which mode."""
 
-    mode: tuple[Any, ...]
-    values: Tensor
-    parts: list[Tensor]
+    def __init__(self, trained: list[nn.Parameter], parts: list[Tensor]) -> None:
+        self.trained, self.parts, self.mode = trained, parts, _mode(trained)
+        self.values = [parameter.detach().clone() for parameter in trained]
+
+    def holds(self, trained: list[nn.Parameter]) -> bool:
+        """Whether they are those of these parameters, as they are now."""
+        same = all(own is other for own, other in zip(self.trained, trained, strict=True))
+        # The values are compared too: whoever writes through .data leaves no other trace.
+        return same and self.mode == _mode(trained) and all(map(torch.equal, self.values, trained))
+
+
+def _mode(trained: list[nn.Parameter]) -> tuple[Any, ...]:
+    """What offsets depend on besides values."""
+    own = [(p.device, p.dtype, p.requires_grad) for p in trained]
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), own
 
 
 class SubspaceDelta(Delta):
