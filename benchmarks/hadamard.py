@@ -21,7 +21,7 @@ import resource
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +125,8 @@ def serve(wire: Any, *arguments: Any) -> None:
     wire.send(projection_line(*arguments))
 
 
-def projections(flags: argparse.Namespace, threads: int) -> list[dict[str, Any]]:
-    context, lines = multiprocessing.get_context("spawn"), []
+def projections(flags: argparse.Namespace, threads: int) -> Iterator[dict[str, Any]]:
+    context = multiprocessing.get_context("spawn")
     for D in flags.D:
         sizes = MNIST_FC if sum(MNIST_FC) == D else [D]
         for name, options in [side for side in SIDES if side[0] in flags.names]:
@@ -134,9 +134,15 @@ def projections(flags: argparse.Namespace, threads: int) -> list[dict[str, Any]]
             worker = context.Process(target=serve, args=(theirs, name, options, sizes, threads, flags))
             worker.start()
             theirs.close()
-            lines.append(wire.recv())
+            yield wire.recv()
             worker.join()
-    return lines
+
+
+def lines_of(flags: argparse.Namespace, threads: int) -> Iterator[dict[str, Any]]:
+    if "transform" in flags.sides:
+        yield from (transform_line(bits, flags) for bits in range(10, 25, 2))
+    if "projections" in flags.sides:
+        yield from projections(flags, threads)
 
 
 def main() -> None:
@@ -159,16 +165,11 @@ def main() -> None:
     keep_freed_memory()
     for threads in flags.threads:
         torch.set_num_threads(threads)
-        lines = []
-        if "transform" in flags.sides:
-            lines += [transform_line(bits, flags) for bits in range(10, 25, 2)]
-        if "projections" in flags.sides:
-            lines += projections(flags, threads)
-        with Path(flags.out).open("a", encoding="utf-8") as file:
-            for line in lines:
-                line = json.dumps({**line, "threads": threads, "rounds": flags.rounds, "clock": clock})
-                file.write(line + "\n")
-                print(line)
+        for line in lines_of(flags, threads):
+            text = json.dumps({**line, "threads": threads, "rounds": flags.rounds, "clock": clock})
+            print(text, flush=True)
+            with Path(flags.out).open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
 
 
 if __name__ == "__main__":
