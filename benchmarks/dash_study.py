@@ -6,8 +6,8 @@ usage: python benchmarks/dash_study.py --model DIR --data DIR [--threads 2] [--s
 Commonsense questions of four training sets mixed, the loss on the response alone. First each arm's learning rate: every
 arm is trained once at each of RATES, and the rate with the lowest loss on held-out training questions is taken. Then
 every arm is trained at its rate with each seed, and asked the test questions by likelihood. A run is one line of the
-file, and a run that stands there is not run again. `dash_study_report.py` says what the lines come to. An arm's runs need
-no other arm's, so that two processes can share the arms, each with a file of its own.
+file, and a run that stands there is not run again. `dash_study_report.py` says what the lines come to. An arm's runs
+need no other arm's, so that two processes can share the arms, each with a file of its own.
 """
 
 from __future__ import annotations

@@ -94,7 +94,8 @@ import made_up_trainer
 from trimtab.subspace.runs import Runs
 from trimtab.subspace.search import Plan, measure
 make = functools.partial(made_up_trainer.trainer, notes=Path({notes!r}), seconds=0.1)
-measure(Runs(make, {{"task": "made up"}}, Path({folder!r})), made_up_trainer.D, Plan(), scored="test", chance=0.1, examples=100)
+runs = Runs(make, {{"task": "made up"}}, Path({folder!r}))
+measure(runs, made_up_trainer.D, Plan(), scored="test", chance=0.1, examples=100)
 """
 
 
@@ -123,12 +124,12 @@ def test_runs_of_another_search_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="line 1 is no run of a search"):
         runs(tmp_path)
     (tmp_path / "search.json").unlink()
-    with pytest.raises(UsageError, match="without search.json"):
+    with pytest.raises(UsageError, match=r"without search\.json"):
         runs(tmp_path)
 
 
 def test_a_threshold_that_guessing_reaches_is_refused() -> None:
-    with pytest.raises(NoDimension, match="guessing scores 0.680"):
+    with pytest.raises(NoDimension, match=r"guessing scores 0\.680"):
         found(runs(baseline=0.75), chance=0.68)
     with pytest.raises(NoDimension, match="any d would pass"):
         found(runs(), chance=0.5, threshold=Threshold("absolute", 0.505))
