@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,6 +14,7 @@ from trimtab.cli.measure import show_table
 from trimtab.errors import UsageError
 from trimtab.options import option
 from trimtab.tasks.problems import PROBLEMS, make_problem
+from trimtab.tasks.task import VARIABLE
 
 if TYPE_CHECKING:
     from trimtab.subspace.problem import Problem, Protocol
@@ -115,6 +117,8 @@ def _subject(flags: DimensionFlags) -> Subject:
     if flags.model is None:
         return of_problem(_maker(flags), functools.partial(_protocol, flags), projection, extra)
     own = Path(flags.task).expanduser().is_file()
+    if not own and flags.data_dir is None and not os.environ.get(VARIABLE):
+        raise UsageError(f"{flags.task} needs the folder with its files: name it with --data-dir or in {VARIABLE}")
     given: dict[str, Any] = {"epochs": flags.epochs, "batch_size": flags.batch_size}
     setting = Setting(
         flags.model,

@@ -1,0 +1,75 @@
+"""Runs of a model on sentences: trained in a subspace or whole, from a checkpoint or from random weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from tiny_classifier import lines, make_folder, write_table
+from trimtab.cli import run as command
+from trimtab.errors import UsageError
+from trimtab.subspace.runs import Run
+from trimtab.subspace.sentences import SentenceTrainer, Setting
+from trimtab.subspace.subject import of_sentences
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    folder = tmp_path_factory.mktemp("sentences")
+    train = write_table(folder / "train.tsv", lines(120))
+    test = write_table(folder / "test.tsv", lines(40))
+    model = str(make_folder(folder / "encoder"))
+    return Setting(model, "classification", str(train), str(test), epochs=4, batch_size=8, max_length=16)
+
+
+def test_all_parameters_learn_it_and_one_dimension_does_not(setting: Setting) -> None:
+    trainer = SentenceTrainer(setting)
+    whole, one = trainer(Run(None, 0, 1e-2)), trainer(Run(1, 0, 1e-2))
+    assert whole.test > 0.95
+    assert one.test < 0.9
+    assert (one.d, whole.d) == (1, of_sentences(setting).D)
+    assert whole.steps == one.steps == 4 * -(-102 // 8), "15 % of the training rows are held out"
+    assert not whole.diverged
+
+
+def test_a_run_depends_on_its_seed_alone(setting: Setting) -> None:
+    run = Run(40, 3, 0.1)
+    first, again = (dataclasses.replace(SentenceTrainer(setting)(run), seconds=0.0) for _ in range(2))
+    assert first == again
+    other = dataclasses.replace(SentenceTrainer(setting)(Run(40, 4, 0.1)), seconds=0.0)
+    assert other.final_loss != first.final_loss
+
+
+@pytest.mark.parametrize("mode", ["did", "said"])
+def test_both_modes_learn_with_enough_dimensions(setting: Setting, mode: str) -> None:
+    own = dataclasses.replace(setting, mode=mode)
+    assert SentenceTrainer(own)(Run(1000, 0, 3e-2)).train > 0.9
+
+
+def test_random_weights_are_another_start(setting: Setting) -> None:
+    own = dataclasses.replace(setting, pretrained=False)
+    names = [name for name, _ in SentenceTrainer(own).load(0).model.named_parameters()]
+    same = [SentenceTrainer(s).load(1).model.state_dict()[names[0]] for s in (setting, own)]
+    assert not same[0].equal(same[1])
+    assert "with random weights" in of_sentences(own).title
+
+
+def test_what_is_missing_is_said(setting: Setting, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="needs another one to be scored on"):
+        SentenceTrainer(dataclasses.replace(setting, test=None))
+    alone = write_table(tmp_path / "alone.tsv", [row for row in lines(40) if row[0] == "1"])
+    with pytest.raises(UsageError, match="has the label .1.: there is nothing to tell apart"):
+        SentenceTrainer(dataclasses.replace(setting, test=str(alone)))
+
+
+def test_the_command_measures_a_file_of_ones_own(setting: Setting, tmp_path: Path, capsys) -> None:
+    flags = ["--model", setting.model, "--task", str(setting.data), "--test-data", str(setting.test)]
+    grid = ["--grid", "2,2000", "--seeds", "2", "--workers", "1", "--lr", "1e-2", "--lr-scale", "none", "--epochs", "4"]
+    assert command(["measure", "dimension", *flags, *grid, "--json", "--out", str(tmp_path)]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["chance"] == pytest.approx(0.5, abs=0.2)
+    assert "Budget for LoRA" in " ".join(told["sentences"]) or told["crossing"]["d"] in (None, 0)
+    assert "DID" in told["title"]
