@@ -61,7 +61,7 @@ def test_what_is_missing_is_said(setting: Setting, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="needs another one to be scored on"):
         SentenceTrainer(dataclasses.replace(setting, test=None))
     alone = write_table(tmp_path / "alone.tsv", [row for row in lines(40) if row[0] == "1"])
-    with pytest.raises(UsageError, match="has the label .1.: there is nothing to tell apart"):
+    with pytest.raises(UsageError, match=r"has the label .1.: there is nothing to tell apart"):
         SentenceTrainer(dataclasses.replace(setting, test=str(alone)))
 
 
@@ -73,3 +73,41 @@ def test_the_command_measures_a_file_of_ones_own(setting: Setting, tmp_path: Pat
     assert told["chance"] == pytest.approx(0.5, abs=0.2)
     assert "Budget for LoRA" in " ".join(told["sentences"]) or told["crossing"]["d"] in (None, 0)
     assert "DID" in told["title"]
+
+
+def test_a_series_of_checkpoints_is_measured_and_told(setting: Setting, tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "series"
+    for step in (0, 100):
+        make_folder(folder / f"step-{step}")
+    flags = ["--checkpoints", str(folder), "--task", str(setting.data), "--test-data", str(setting.test)]
+    quick = [
+        "--grid",
+        "2,2000",
+        "--seeds",
+        "2",
+        "--workers",
+        "1",
+        "--lr",
+        "1e-2",
+        "--lr-scale",
+        "none",
+        "--epochs",
+        "4",
+    ]
+    assert command(["measure", "dimension", *flags, *quick, "--out", str(tmp_path / "out"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert list(told) == ["step-0", "step-100", "report"]
+    assert told["step-0"]["scores"] == told["step-100"]["scores"], "both are the same weights"
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "do not say that it falls or rises" in page
+    assert (tmp_path / "out" / "step-100" / "runs.jsonl").exists()
+
+
+def test_a_series_of_different_shapes_is_refused(setting: Setting, tmp_path: Path, capsys) -> None:
+    make_folder(tmp_path / "series" / "step-1")
+    make_folder(tmp_path / "series" / "step-2", type_vocab_size=3)
+    flags = ["--checkpoints", str(tmp_path / "series"), "--task", str(setting.data), "--test-data", str(setting.test)]
+    assert command(["measure", "dimension", *flags]) == 2
+    assert "of different shapes" in capsys.readouterr().err
+    assert command(["measure", "dimension", "--checkpoints", str(tmp_path), "--task", str(setting.data)]) == 2
+    assert "fewer than two checkpoints" in capsys.readouterr().err

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from trimtab.cli.common import Screen, load_libraries, options
-from trimtab.cli.measure import show_table
+from trimtab.cli.measure import show_table, steps_of
 from trimtab.errors import UsageError
 from trimtab.options import option
 from trimtab.tasks.problems import PROBLEMS, make_problem
 from trimtab.tasks.task import VARIABLE
 
 if TYPE_CHECKING:
+    from trimtab.report.dimension_page import Told
     from trimtab.subspace.problem import Problem, Protocol
     from trimtab.subspace.search import Measured, Plan
     from trimtab.subspace.subject import Subject
@@ -32,6 +33,9 @@ class DimensionFlags:
     data_dir: str | None = option(None, "folder with the task's files (MNIST's four IDX files, nlu/)")
     test_data: str | None = option(None, "with a file as --task: the file that is scored")
     model: str | None = option(None, "a pretrained encoder or causal model, under a head that is trained")
+    checkpoints: tuple[str, ...] = option(
+        (), "in the place of --model: a folder of checkpoints, or several, in the order of their pretraining"
+    )
     mode: Literal["did", "said"] = option("did", "with --model: one θ_d, or a λ for every layer out of the budget too")
     random_weights: bool = option(False, "with --model: the same architecture, not pretrained, as a control")
     rows: int | None = option(None, "with --model: at most so many rows to train on, drawn once")
@@ -72,18 +76,18 @@ def run(name: str, summary: str, argv: list[str]) -> None:
     _refuse_idle(flags)
     screen = Screen(output)
     load_libraries(screen)
-    from trimtab.report.dimension_page import Told, result, score_rows, sentences, write_dimension
     from trimtab.report.template import check_plots
 
     if flags.out is not None:
         check_plots()
+    if flags.checkpoints:
+        screen.result(_series(flags, screen))
+        return
+    from trimtab.report.dimension_page import result, score_rows, sentences, write_dimension
+
     with screen.progress("reading the task"):
         subject = _subject(flags)
-    plan = _plan(flags, subject.lr)
-    measured = _measured(flags, subject, plan, screen)
-    scale = "lr · √(D/d)" if flags.lr_scale == "sqrt" else "lr"
-    protocol = {**subject.about, "lr": plan.lr, "lr in a subspace": scale}
-    about = Told(subject.title, subject.metric, subject.split, protocol, subject.features)
+    measured, about = _one(flags, subject, screen)
     show_table(screen, "", ("d", "mean", "each seed", "learning rate"), score_rows(measured))
     for sentence in sentences(measured, about):
         screen.outcome(sentence)
@@ -95,8 +99,69 @@ def run(name: str, summary: str, argv: list[str]) -> None:
     screen.result(told)
 
 
+def _one(flags: DimensionFlags, subject: Subject, screen: Screen) -> tuple[Measured, Told]:
+    from trimtab.report.dimension_page import Told
+
+    plan = _plan(flags, subject.lr)
+    measured = _measured(flags, subject, plan, screen)
+    scale = "lr · √(D/d)" if flags.lr_scale == "sqrt" else "lr"
+    protocol = {**subject.about, "lr": plan.lr, "lr in a subspace": scale}
+    return measured, Told(subject.title, subject.metric, subject.split, protocol, subject.features)
+
+
+def _series(flags: DimensionFlags, screen: Screen) -> dict[str, Any]:
+    """Every checkpoint in a folder of its own within --out; then what the series comes to."""
+    from trimtab.report.dimension_page import SERIES_HEAD, Checkpoint, series_rows, series_sentences, write_series
+
+    folders = _checkpoints(flags.checkpoints)
+    steps = steps_of([folder.name for folder in folders])
+    folders.sort(key=lambda folder: steps.get(folder.name, 0))
+    given = [dataclasses.replace(flags, model=str(folder), checkpoints=()) for folder in folders]
+    with screen.progress("reading the checkpoints"):
+        subjects = [_subject(own) for own in given]
+    sizes = {subject.D for subject in subjects}
+    if len(sizes) > 1:
+        told = ", ".join(f"{folder.name} {subject.D:,}" for folder, subject in zip(folders, subjects, strict=True))
+        raise UsageError(f"the checkpoints are of different shapes, so that their d90 do not compare: {told}")
+    series, about = [], None
+    for place, (own, folder, subject) in enumerate(zip(given, folders, subjects, strict=True)):
+        within = str(Path(flags.out) / folder.name) if flags.out is not None else None
+        measured, about = _one(dataclasses.replace(own, out=within), subject, screen)
+        series.append(Checkpoint(folder.name, steps.get(folder.name, place), measured))
+    assert about is not None
+    about = dataclasses.replace(about, title=f"{flags.task}, {flags.mode.upper()}", features=None)
+    show_table(screen, "", SERIES_HEAD, series_rows(series))
+    for sentence in series_sentences(series, about):
+        screen.outcome(sentence)
+    found: dict[str, Any] = {one.label: one.measured.to_dict() for one in series}
+    if flags.out is not None:
+        page = write_series(series, about, "step of pretraining" if steps else "checkpoint", Path(flags.out))
+        screen.outcome(f"report: {page}")
+        found["report"] = str(page)
+    return found
+
+
+def _checkpoints(given: tuple[str, ...]) -> list[Path]:
+    """The folders of the checkpoints: those given, or those within a single one."""
+    folders = [Path(name).expanduser() for name in given]
+    missing = next((folder for folder in folders if not folder.is_dir()), None)
+    if missing is not None:
+        raise UsageError(f"checkpoints: there is no folder {missing}")
+    if len(folders) == 1:
+        folders = sorted(path.parent for path in folders[0].glob("*/config.json"))
+    if len(folders) < 2:
+        raise UsageError(
+            f"{given[0]} holds fewer than two checkpoints (folders with a config.json): a series needs two"
+        )
+    return folders
+
+
 def _refuse_idle(flags: DimensionFlags) -> None:
     """UsageError for flags that would change nothing."""
+    if flags.checkpoints:
+        if flags.model is not None or flags.random_weights:
+            raise UsageError("--checkpoints stands in the place of --model, and of pretrained weights")
+        return
     names = SENTENCES_ONLY if flags.model is None else PROBLEMS_ONLY
     idle = [name for name in names if getattr(flags, name) not in (None, False)]
     if flags.model is None and flags.mode != "did":

@@ -7,11 +7,11 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from trimtab.files import write_whole
 from trimtab.report import wording
-from trimtab.report.dimension_plots import accuracy_by_dimension, told
+from trimtab.report.dimension_plots import Point, accuracy_by_dimension, dimension_against, told
 from trimtab.report.template import filled
 from trimtab.subspace.search import Measured
 
@@ -99,6 +99,74 @@ def render(measured: Measured, about: Told) -> str:
         "protocol": [(key.replace("_", " "), str(value)) for key, value in about.protocol.items()],
     }
     return filled("dimension.html", context, visible=wording.visible)
+
+
+class Checkpoint(NamedTuple):
+    """One of a pretraining series. at: its step, or its place in the series."""
+
+    label: str
+    at: int
+    measured: Measured
+
+
+def series_sentences(series: Sequence[Checkpoint], about: Told) -> list[str]:
+    """Whether d90 falls from the first checkpoint to the last, by their intervals."""
+    first, last = series[0], series[-1]
+    said = [
+        f"d90 of {about.title} is {told(first.measured)} at {first.label} and {told(last.measured)} at {last.label}, "
+        f"the threshold of each being {first.measured.plan.threshold}"
+    ]
+    a, b = first.measured.crossing, last.measured.crossing
+    if b.high < a.low:
+        said.append("It falls along the series: the intervals of the first and the last are apart")
+    elif a.high < b.low:
+        said.append("It rises along the series: the intervals of the first and the last are apart")
+    else:
+        said.append("The intervals of the first and the last meet, so these runs do not say that it falls or rises")
+    return said
+
+
+def write_series(series: Sequence[Checkpoint], about: Told, axis: str, out: Path) -> Path:
+    """Write a series' results.json and report.html into a folder; returns the page."""
+    import markupsafe
+
+    said = series_sentences(series, about)
+    plain = [{"label": one.label, "at": one.at, **one.measured.to_dict()} for one in series]
+    results = {**dataclasses.asdict(about), "sentences": said, "series": plain}
+    write_whole(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    points = [
+        Point(one.label, one.at, one.measured.crossing.d, one.measured.crossing.low, one.measured.crossing.high)
+        for one in series
+    ]
+    figure = dimension_against(points, axis, "series", logarithmic=False, joined=True)
+    context = {
+        "title": f"Intrinsic dimension along {about.title}",
+        "lead": f"One downstream task, learned from each of {len(series)} checkpoints of one pretraining.",
+        "sentences": said,
+        "figure": markupsafe.Markup(figure),
+        "caption": "Lines are 95 % bootstrap intervals. A checkpoint without a point has no d90 within the d tried.",
+        "head": SERIES_HEAD,
+        "rows": series_rows(series),
+        "protocol": [(key.replace("_", " "), str(value)) for key, value in about.protocol.items()],
+    }
+    return write_whole(out / "report.html", filled("dimension.html", context, visible=wording.visible))
+
+
+SERIES_HEAD = ("checkpoint", "d90", "baseline", "threshold", "chance")
+
+
+def series_rows(series: Sequence[Checkpoint]) -> list[Sequence[str]]:
+    """A row of text for every checkpoint."""
+    return [
+        (
+            one.label,
+            told(one.measured),
+            f"{sum(one.measured.baseline) / len(one.measured.baseline):.4f}",
+            f"{one.measured.crossing.threshold:.4f}",
+            f"{one.measured.chance:.4f}",
+        )
+        for one in series
+    ]
 
 
 def score_rows(measured: Measured) -> list[Sequence[str]]:
