@@ -129,7 +129,7 @@ def _series(flags: DimensionFlags, screen: Screen) -> dict[str, Any]:
         measured, about = _one(dataclasses.replace(own, out=within), subject, screen)
         series.append(Checkpoint(folder.name, steps.get(folder.name, place), measured))
     assert about is not None
-    about = dataclasses.replace(about, title=f"{flags.task}, {flags.mode.upper()}", features=None)
+    about = dataclasses.replace(about, title=f"{Path(flags.task).name}, {flags.mode.upper()}", features=None)
     show_table(screen, "", SERIES_HEAD, series_rows(series))
     for sentence in series_sentences(series, about):
         screen.outcome(sentence)

@@ -7,6 +7,7 @@ seed; the model starts from its checkpoint, or from weights drawn at random as t
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import random
 import time
@@ -30,6 +31,8 @@ from trimtab.subspace.runs import Run
 from trimtab.subspace.training import Outcome
 from trimtab.tasks.classify import encoded
 from trimtab.tasks.nlu import KNOWN, Classification
+
+log = logging.getLogger("trimtab")
 
 SCORED_ROWS = 64
 HELD_OUT = 0.15
@@ -112,10 +115,19 @@ class SentenceTrainer:
     """Trains one run after another; the data is read once, and the model is loaded anew for each."""
 
     def __init__(self, setting: Setting) -> None:
-        self.setting, self.splits = setting, read_splits(setting)
+        self.setting, self.splits, self._told = setting, read_splits(setting), False
 
     def load(self, seed: int) -> Classifier:
-        """The model of a run: its head, or all of it, is drawn from the seed."""
+        """The model of a run: its head, or all of it, is drawn from the seed. What is drawn is logged once."""
+        before = log.level
+        log.setLevel(max(before, logging.WARNING) if self._told else before)
+        self._told = True
+        try:
+            return self._loaded(seed)
+        finally:
+            log.setLevel(before)
+
+    def _loaded(self, seed: int) -> Classifier:
         return load_classifier(self.setting.model, self.splits.classes, seed, pretrained=self.setting.pretrained)
 
     def __call__(self, run: Run) -> Outcome:
