@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trimtab.errors import FormatError, UsageError
-from trimtab.ops.pooled_convolution import pooled_convolution
 from trimtab.subspace.problem import Problem, Protocol, Split, stream
 from trimtab.tasks.idx import mnist_folder, read_pair
 
@@ -185,20 +184,12 @@ def fully_connected(widths: tuple[int, ...], seed: int) -> nn.Sequential:
     return he_normal(nn.Sequential(*layers[:-1]), seed)
 
 
-class PooledConv2d(nn.Conv2d):
-    """A convolution of the net's inputs and the 2×2 max-pooling behind it. ReLU may follow: the order is the same."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        assert self.bias is not None
-        return pooled_convolution(input, self.weight, self.bias)
-
-
 def lenet(seed: int) -> nn.Sequential:
     """LeNet as in Li et al. 2018: 5×5 convolutions to 6 and 16 maps, each with 2×2 max-pooling, then 120, 84, 10."""
     with torch.device("meta"):
         net = nn.Sequential(
             nn.Unflatten(1, (1, 28, 28)),
-            *(PooledConv2d(1, 6, 5), nn.ReLU()),
+            *(nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2)),
             *(nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)),
             *(nn.Flatten(), nn.Linear(256, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, CLASSES)),
         )
