@@ -17,20 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from trimtab.adapt.module import modes_kept
-from trimtab.data.label_batch import LabelledExample, pad_labelled
+from trimtab.data.label_batch import LabelledBatch, LabelledExample, pad_labelled
 from trimtab.data.labelled import LabelledRow, hold_out
 from trimtab.errors import UsageError
 from trimtab.models.classifier import Classifier, load_classifier
-from trimtab.subspace.problem import stream
+from trimtab.subspace.problem import SPLITS, stream
 from trimtab.subspace.reparameterize import Subspace
 from trimtab.subspace.runs import Run
 from trimtab.subspace.training import Outcome
 from trimtab.tasks.classify import encoded
+from trimtab.tasks.evaluating import device_of, evaluating
 from trimtab.tasks.nlu import KNOWN, Classification
+from trimtab.train.loss import class_logits, class_loss, mean_loss
 
 log = logging.getLogger("trimtab")
 
@@ -116,6 +117,7 @@ class SentenceTrainer:
 
     def __init__(self, setting: Setting) -> None:
         self.setting, self.splits, self._told = setting, read_splits(setting), False
+        self._tokens: dict[str, list[LabelledExample]] = {}
 
     def load(self, seed: int) -> Classifier:
         """The model of a run: its head, or all of it, is drawn from the seed. What is drawn is logged once."""
@@ -132,15 +134,16 @@ class SentenceTrainer:
 
     def __call__(self, run: Run) -> Outcome:
         loaded = self.load(run.seed)
-        parts = {name: self._encoded(name, loaded) for name in ("train", "validation", "test")}
         pad = loaded.tokenizer.pad_token_id
+        train = self._encoded("train", loaded)
+        few = _batches(train[: 4 * SCORED_ROWS], pad)  # what tells a run that diverged needs no more
         net, trained = self._net(loaded.model, run)
-        first = _mean_loss(net, parts["train"], pad)
+        first = mean_loss(net, few, class_loss)
         begun = time.perf_counter()
-        steps = self._fit(net, trained, parts["train"], pad, run)
+        steps = self._fit(net, trained, train, pad, run)
         seconds = time.perf_counter() - begun
-        final = _mean_loss(net, parts["train"], pad)
-        scores = {name: _accuracy(net, examples, pad) for name, examples in parts.items()}
+        final = mean_loss(net, few, class_loss)
+        scores = {name: _accuracy(net, _batches(self._encoded(name, loaded), pad)) for name in SPLITS}
         size = sum(p.numel() for p in loaded.model.parameters())
         return Outcome(
             seed=run.seed,
@@ -155,8 +158,11 @@ class SentenceTrainer:
         )
 
     def _encoded(self, split: str, loaded: Classifier) -> list[LabelledExample]:
-        task, rows = Classification(self.setting.task), getattr(self.splits, split)
-        return encoded(task.items_of(rows, self.splits.classes), loaded, self.setting.max_length)
+        """A split as tokens: the tokenizer is the same for every run."""
+        if split not in self._tokens:
+            task, rows = Classification(self.setting.task), getattr(self.splits, split)
+            self._tokens[split] = encoded(task.items_of(rows, self.splits.classes), loaded, self.setting.max_length)
+        return self._tokens[split]
 
     def _net(self, model: nn.Module, run: Run) -> tuple[nn.Module, list[nn.Parameter]]:
         if run.d is None:
@@ -171,13 +177,14 @@ class SentenceTrainer:
         self, net: nn.Module, trained: list[nn.Parameter], examples: list[LabelledExample], pad: int, run: Run
     ) -> int:
         order, steps = torch.Generator().manual_seed(stream(run.seed, "order")), 0
-        optimizer = torch.optim.Adam(trained, lr=run.lr)
+        optimizer, device = torch.optim.Adam(trained, lr=run.lr), device_of(net)
         with torch.random.fork_rng(), modes_kept(net):
             torch.manual_seed(stream(run.seed, "dropout"))
             net.train()
             for _ in range(self.setting.epochs):
                 for rows in torch.split(torch.randperm(len(examples), generator=order), self.setting.batch_size):
-                    loss = _loss(net, [examples[i] for i in rows.tolist()], pad)
+                    batch = pad_labelled([examples[i] for i in rows.tolist()], pad).to(device)
+                    loss = class_loss(net, batch) / len(rows)
                     if not math.isfinite(loss.item()):
                         return steps
                     loss.backward()  # type: ignore[no-untyped-call]
@@ -187,36 +194,14 @@ class SentenceTrainer:
         return steps
 
 
-def _logits(net: nn.Module, examples: Sequence[LabelledExample], pad: int) -> tuple[Tensor, Tensor]:
-    batch = pad_labelled(examples, pad)
-    logits: Tensor = net(**batch.inputs).logits
-    return logits.float(), batch.targets
-
-
-def _loss(net: nn.Module, examples: Sequence[LabelledExample], pad: int) -> Tensor:
-    return F.cross_entropy(*_logits(net, examples, pad))
-
-
-def _batches(examples: Sequence[LabelledExample]) -> list[list[LabelledExample]]:
+def _batches(examples: Sequence[LabelledExample], pad: int) -> list[LabelledBatch]:
     """Of rows that are alike in length, so that little is padded."""
     ordered = sorted(examples, key=lambda example: len(example.input_ids))
-    return [ordered[i : i + SCORED_ROWS] for i in range(0, len(ordered), SCORED_ROWS)]
+    return [pad_labelled(ordered[i : i + SCORED_ROWS], pad) for i in range(0, len(ordered), SCORED_ROWS)]
 
 
-@torch.no_grad()
-def _mean_loss(net: nn.Module, examples: Sequence[LabelledExample], pad: int) -> float:
-    few = examples[: 4 * SCORED_ROWS]  # what tells a run that diverged needs no more
-    with modes_kept(net):
-        net.eval()
-        return sum(float(_loss(net, part, pad)) * len(part) for part in _batches(few)) / len(few)
-
-
-@torch.no_grad()
-def _accuracy(net: nn.Module, examples: Sequence[LabelledExample], pad: int) -> float:
-    right = 0
-    with modes_kept(net):
-        net.eval()
-        for part in _batches(examples):
-            logits, labels = _logits(net, part, pad)
-            right += int((logits.argmax(1) == labels).sum())
-    return right / len(examples)
+def _accuracy(net: nn.Module, batches: Sequence[LabelledBatch]) -> float:
+    device = device_of(net)
+    with evaluating(net):
+        right = sum(int((class_logits(net, b.to(device)).argmax(1) == b.targets.to(device)).sum()) for b in batches)
+    return right / sum(len(batch.targets) for batch in batches)
