@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import functools
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from trimtab.report.dimension_page import Told, result
 from trimtab.report.dimension_plots import told
 from trimtab.subspace.crossing import Threshold
 from trimtab.subspace.projection import make_projection
-from trimtab.subspace.runs import Runs, closing
+from trimtab.subspace.runs import Runs
 from trimtab.subspace.search import Plan, measure
 from trimtab.subspace.trainers import about_problem, problem_trainer
 from trimtab.tasks.problems import make_problem

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import made_up_trainer
@@ -17,7 +18,7 @@ from made_up_trainer import D
 
 from trimtab.errors import FormatError, UsageError
 from trimtab.subspace.crossing import Threshold
-from trimtab.subspace.runs import Runs, closing
+from trimtab.subspace.runs import Runs
 from trimtab.subspace.search import SWEEP_SEED, Measured, NoDimension, Plan, measure
 
 

@@ -111,3 +111,9 @@ def test_a_series_of_different_shapes_is_refused(setting: Setting, tmp_path: Pat
     assert "of different shapes" in capsys.readouterr().err
     assert command(["measure", "dimension", "--checkpoints", str(tmp_path), "--task", str(setting.data)]) == 2
     assert "fewer than two checkpoints" in capsys.readouterr().err
+
+
+def test_other_rows_in_a_file_of_the_same_name_are_another_search(setting: Setting, tmp_path: Path) -> None:
+    other = write_table(tmp_path / Path(str(setting.data)).name, lines(120, seed=1))
+    first, second = (of_sentences(s).about for s in (setting, dataclasses.replace(setting, data=str(other))))
+    assert {key for key in first if first[key] != second[key]} == {"data_digest"}

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -217,7 +218,7 @@ def _protocol(flags: DimensionFlags, defaults: Protocol) -> Protocol:
 
 
 def _measured(flags: DimensionFlags, subject: Subject, plan: Plan, screen: Screen) -> Measured:
-    from trimtab.subspace.runs import Runs, closing
+    from trimtab.subspace.runs import Runs
     from trimtab.subspace.search import measure
     from trimtab.train.machine import cores
 

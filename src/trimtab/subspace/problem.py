@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -95,6 +96,15 @@ class Problem:
     def splits(self) -> Mapping[str, Split]:
         """The three splits by what they are for."""
         return {name: getattr(self, name) for name in SPLITS}
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the data of all splits: 16 hexadecimal digits of SHA-256."""
+        found = hashlib.sha256()
+        for split in self.splits.values():
+            for tensor in (split.inputs, split.targets):
+                found.update(tensor.cpu().contiguous().numpy().data)
+        return found.hexdigest()[:16]
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:

@@ -93,11 +93,11 @@ class Runs:
         return self._known
 
     def _trained(self, missing: Sequence[Run]) -> Iterator[tuple[Run, Outcome]]:
-        if self._workers == 1 or (len(missing) < 2 and self._pool is None):
-            for run in missing:
-                if self._trainer is None:
-                    self._trainer = self._make()
-                yield run, self._trainer(run)
+        if self._workers == 1:
+            with _threads(self._threads):
+                self._trainer = self._trainer or self._make()
+                for run in missing:
+                    yield run, self._trainer(run)
             return
         if self._pool is None:
             self._pool = concurrent.futures.ProcessPoolExecutor(
@@ -131,12 +131,16 @@ class Runs:
 
 
 @contextmanager
-def closing(runs: Runs) -> Iterator[Runs]:
-    """Within the block workers may be there; after it, however it ends, they are not."""
+def _threads(count: int) -> Iterator[None]:
+    """Within the block torch computes with so many threads, as in a worker: results round alike."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
-        yield runs
+        yield
     finally:
-        runs.close()
+        torch.set_num_threads(before)
 
 
 _own: Trainer | None = None  # of a worker process

@@ -29,6 +29,7 @@ from trimtab.subspace.reparameterize import Subspace
 from trimtab.subspace.runs import Run
 from trimtab.subspace.training import Outcome
 from trimtab.tasks.classify import encoded
+from trimtab.tasks.digests import text_digest
 from trimtab.tasks.evaluating import device_of, evaluating
 from trimtab.tasks.nlu import KNOWN, Classification
 from trimtab.train.loss import class_logits, class_loss, mean_loss
@@ -78,6 +79,11 @@ class Splits:
     train: tuple[LabelledRow, ...]
     validation: tuple[LabelledRow, ...]
     test: tuple[LabelledRow, ...]
+
+    @property
+    def digest(self) -> str:
+        """Of every row of every split."""
+        return text_digest(repr(self))
 
     @property
     def chance(self) -> float:

@@ -13,6 +13,7 @@ from trimtab.subspace.projection import make_projection
 from trimtab.subspace.runs import Trainer
 from trimtab.subspace.sentences import SentenceTrainer, Setting
 from trimtab.subspace.trainers import about_problem, problem_trainer
+from trimtab.tasks.digests import model_digest
 
 FINE_TUNING_LR = 5e-5
 """Of all parameters of a pretrained encoder: the largest of those that Devlin et al. 2019 (arXiv 1810.04805, appendix
@@ -78,7 +79,12 @@ def of_sentences(setting: Setting) -> Subject:
         len(trainer.splits.test),
         FINE_TUNING_LR,
         functools.partial(SentenceTrainer, setting),
-        {**setting.about(), "parameters": D},
+        {
+            **setting.about(),
+            "parameters": D,
+            "weights": model_digest(loaded.model),
+            "data_digest": trainer.splits.digest,
+        },
         _features(loaded.model, loaded.head),
     )
 

@@ -23,7 +23,8 @@ def problem_trainer(
 def about_problem(problem: Problem, protocol: Protocol, projection: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """What such runs depend on besides d, seed and learning rate, as plain values."""
     own = {key: value for key, value in dataclasses.asdict(protocol).items() if key != "lr"}
-    return {"task": problem.name, "parameters": problem.D, "projection": projection, **options, **own}
+    task = {"task": problem.name, "data": problem.digest, "parameters": problem.D}
+    return {**task, "projection": projection, **options, **own}
 
 
 def _train(problem: Problem, protocol: Protocol, projection: str, options: dict[str, Any], run: Run) -> Outcome:
