@@ -84,12 +84,13 @@ def run(name: str, summary: str, argv: list[str]) -> None:
     if flags.checkpoints:
         screen.result(_series(flags, screen))
         return
-    from trimtab.report.dimension_page import result, score_rows, sentences, write_dimension
+    from trimtab.report.dimension_page import result, score_table, sentences, write_dimension
 
     with screen.progress("reading the task"):
         subject = _subject(flags)
     measured, about = _one(flags, subject, screen)
-    show_table(screen, "", ("d", "mean", "each seed", "learning rate"), score_rows(measured))
+    table = score_table(measured)
+    show_table(screen, table.title, table.head, table.rows)
     for sentence in sentences(measured, about):
         screen.outcome(sentence)
     told = result(measured, about)
@@ -112,7 +113,7 @@ def _one(flags: DimensionFlags, subject: Subject, screen: Screen) -> tuple[Measu
 
 def _series(flags: DimensionFlags, screen: Screen) -> dict[str, Any]:
     """Every checkpoint in a folder of its own within --out; then what the series comes to."""
-    from trimtab.report.dimension_page import SERIES_HEAD, Checkpoint, series_rows, series_sentences, write_series
+    from trimtab.report.dimension_page import Checkpoint, series_sentences, series_table, write_series
 
     folders = _checkpoints(flags.checkpoints)
     steps = steps_of([folder.name for folder in folders])
@@ -131,7 +132,8 @@ def _series(flags: DimensionFlags, screen: Screen) -> dict[str, Any]:
         series.append(Checkpoint(folder.name, steps.get(folder.name, place), measured))
     assert about is not None
     about = dataclasses.replace(about, title=f"{Path(flags.task).name}, {flags.mode.upper()}", features=None)
-    show_table(screen, "", SERIES_HEAD, series_rows(series))
+    table = series_table(series)
+    show_table(screen, table.title, table.head, table.rows)
     for sentence in series_sentences(series, about):
         screen.outcome(sentence)
     found: dict[str, Any] = {one.label: one.measured.to_dict() for one in series}

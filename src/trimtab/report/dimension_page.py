@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from trimtab.files import write_whole
 from trimtab.report import wording
-from trimtab.report.dimension_plots import Point, accuracy_by_dimension, dimension_against, told
+from trimtab.report.dimension_plots import Point, accuracy_by_dimension, dimension_along, told
+from trimtab.report.direction_tables import Table
 from trimtab.report.template import filled
 from trimtab.subspace.search import Measured
 
@@ -94,8 +95,7 @@ def render(measured: Measured, about: Told) -> str:
             "Grey: one run each. The band is the interval of the intrinsic dimension; where there is no band, it was "
             "not found within the d that were tried."
         ),
-        "head": ("d", "mean", "each seed", "learning rate"),
-        "rows": score_rows(measured),
+        "table": score_table(measured),
         "protocol": [(key.replace("_", " "), str(value)) for key, value in about.protocol.items()],
     }
     return filled("dimension.html", context, visible=wording.visible)
@@ -138,26 +138,22 @@ def write_series(series: Sequence[Checkpoint], about: Told, axis: str, out: Path
         Point(one.label, one.at, one.measured.crossing.d, one.measured.crossing.low, one.measured.crossing.high)
         for one in series
     ]
-    figure = dimension_against(points, axis, "series", logarithmic=False, joined=True)
+    found = any(0 < point.d < math.inf for point in points)
     context = {
         "title": f"Intrinsic dimension along {about.title}",
         "lead": f"One downstream task, learned from each of {len(series)} checkpoints of one pretraining.",
         "sentences": said,
-        "figure": markupsafe.Markup(figure),
+        "figure": markupsafe.Markup(dimension_along(points, axis, "series")) if found else None,
         "caption": "Lines are 95 % bootstrap intervals. A checkpoint without a point has no d90 within the d tried.",
-        "head": SERIES_HEAD,
-        "rows": series_rows(series),
+        "table": series_table(series),
         "protocol": [(key.replace("_", " "), str(value)) for key, value in about.protocol.items()],
     }
     return write_whole(out / "report.html", filled("dimension.html", context, visible=wording.visible))
 
 
-SERIES_HEAD = ("checkpoint", "d90", "baseline", "threshold", "chance")
-
-
-def series_rows(series: Sequence[Checkpoint]) -> list[Sequence[str]]:
+def series_table(series: Sequence[Checkpoint]) -> Table:
     """A row of text for every checkpoint."""
-    return [
+    rows = [
         (
             one.label,
             told(one.measured),
@@ -167,12 +163,14 @@ def series_rows(series: Sequence[Checkpoint]) -> list[Sequence[str]]:
         )
         for one in series
     ]
+    return Table("", ("checkpoint", "d90", "baseline", "threshold", "chance"), rows)
 
 
-def score_rows(measured: Measured) -> list[Sequence[str]]:
+def score_table(measured: Measured) -> Table:
     """A row of text for the baseline and every d."""
-    rows: list[Sequence[str]] = [_row("all parameters", measured.baseline, measured.rates[measured.D])]
-    return rows + [_row(f"{d:,}", own, measured.rates[d]) for d, own in sorted(measured.scores.items())]
+    rows = [_row("all parameters", measured.baseline, measured.rates[measured.D])]
+    rows += [_row(f"{d:,}", own, measured.rates[d]) for d, own in sorted(measured.scores.items())]
+    return Table("", ("d", "mean", "each seed", "learning rate"), rows)
 
 
 def _row(name: str, scores: Sequence[float], rate: float) -> Sequence[str]:

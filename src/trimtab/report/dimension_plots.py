@@ -63,8 +63,8 @@ class Point(NamedTuple):
     high: float
 
 
-def dimension_against(points: Sequence[Point], axis: str, name: str, *, logarithmic: bool, joined: bool) -> str:
-    """d90 with its interval against something: the parameters D, a step of pretraining, accuracy, a gap.
+def dimension_along(points: Sequence[Point], axis: str, name: str) -> str:
+    """d90 with its interval along a series, such as the steps of a pretraining.
 
     Points without a finite d90 are left out; the alternative text says which.
     """
@@ -78,11 +78,7 @@ def dimension_against(points: Sequence[Point], axis: str, name: str, *, logarith
             axes.vlines(point.at, max(point.low, 1), high, color=SECOND, linewidth=1.4)
             axes.annotate(point.label, (point.at, point.d), (5, 5), textcoords="offset points", color=INK, fontsize=8)
         ordered = sorted(shown, key=lambda point: point.at)
-        line = "o-" if joined else "o"
-        axes.plot([p.at for p in ordered], [p.d for p in ordered], line, color=ACCENT, markersize=5, linewidth=1.2)
-        if logarithmic:
-            axes.set_xscale("log")
-            axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.plot([p.at for p in ordered], [p.d for p in ordered], "o-", color=ACCENT, markersize=5, linewidth=1.2)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.set_xlabel(axis)
@@ -90,30 +86,6 @@ def dimension_against(points: Sequence[Point], axis: str, name: str, *, logarith
 
     missing = f"; without one: {', '.join(hidden)}" if hidden else ""
     alt = f"Intrinsic dimension against {axis}: " + "; ".join(f"{p.label} {p.d:,.0f}" for p in shown) + missing
-    return draw(3.2, paint, name=name, alt=alt, tips={})
-
-
-def gap_against_bound(points: Sequence[tuple[str, float, float, int]], name: str) -> str:
-    """The generalisation gap of (label, d90, gap, training examples), with √(d/n), the bound's order, drawn.
-
-    Aghajanyan et al. 2020, §5: test loss ≤ training loss + O(√(d/n)), of a model that is trained in the subspace. The
-    constant is not known, so the line says how the bound grows and not where it is.
-    """
-
-    def paint(figure: Any) -> None:
-        axes = figure.subplots()
-        for label, d, gap, n in points:
-            axes.plot([math.sqrt(d / n)], [gap], "o", color=ACCENT, markersize=5)
-            axes.annotate(label, (math.sqrt(d / n), gap), (5, 5), textcoords="offset points", color=INK, fontsize=8)
-        widest = max(math.sqrt(d / n) for _, d, _, n in points)
-        axes.plot([0, widest], [0, widest], color=INK, linewidth=1.0, linestyle=DASHED, label="√(d/n)")
-        axes.set_xlabel("√(d90 / training examples)")
-        axes.set_ylabel("training score − test score")
-        axes.legend(loc="upper left", labelcolor=INK)
-
-    alt = "Generalisation gap against the root of d90 over the training examples: " + "; ".join(
-        f"{label} {gap:.3f}" for label, _, gap, _ in points
-    )
     return draw(3.2, paint, name=name, alt=alt, tips={})
 
 

@@ -23,11 +23,12 @@ def filled(name: str, context: Mapping[str, Any], **filters: Callable[..., Any])
     import markupsafe
 
     files = importlib.resources.files("trimtab.report")
+    loader = jinja2.FunctionLoader(lambda part: files.joinpath(part).read_text(encoding="utf-8"))
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(svg=markupsafe.Markup, **filters)
-    template = environment.from_string(files.joinpath(name).read_text(encoding="utf-8"))
+    template = environment.get_template(name)
     style = markupsafe.Markup(files.joinpath("page.css").read_text(encoding="utf-8"))
     page = template.render(style=style, **context)
     # A lone surrogate, which JSON can spell and UTF-8 cannot, may stand in a name or a path.
