@@ -6,9 +6,9 @@ import json
 import re
 
 import pytest
+from tiny_command_line import stopped_after_two_batches
 
 from made_up_questions import question_rows, write_questions
-from trimtab.tasks.results import Results
 
 
 @pytest.fixture
@@ -65,15 +65,7 @@ def test_a_limit_is_drawn_with_a_seed_and_said(asked, tmp_path):
 
 def test_ctrl_c_leaves_results_that_the_same_command_goes_on_from(asked, tmp_path, monkeypatch):
     whole = asked("--out", tmp_path / "whole", "--batch-size", 4, "--json").json
-    add, calls = Results.add, []
-
-    def stopping(self, task, outcomes):
-        add(self, task, outcomes)
-        calls.append(len(outcomes))
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Results, "add", stopping)
+    calls = stopped_after_two_batches(monkeypatch)
     stopped = asked("--out", tmp_path / "cut", "--batch-size", 4)
     assert stopped.code == 130
     assert f"what is done is in {tmp_path / 'cut'}, and the same command goes on from there" in stopped.err

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from tiny_command_line import files, weights
+from tiny_command_line import files, stopped_after_two_batches, weights
 
 from tiny_classifier import lines, make_folder, write_table
-from trimtab.tasks.results import Results
 
 
 @pytest.fixture(scope="module")
@@ -89,15 +88,7 @@ def test_an_adapter_is_evaluated_with_its_head_and_each_result_is_kept(trained, 
     header = "task items accuracy 95% interval chance majority F1 95% interval Matthews 95% interval"
     assert table[0].split() == header.split()
 
-    add, calls = Results.add, []
-
-    def stopping(self, task, outcomes):
-        add(self, task, outcomes)
-        calls.append(len(outcomes))
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Results, "add", stopping)
+    stopped_after_two_batches(monkeypatch)
     assert evaluated(*adapter, "--out", tmp_path / "cut").code == 130
     again = evaluated(*adapter, "--out", tmp_path / "cut", "--json")
     assert "sst2: 14 of 30 questions are answered already" in again.err

@@ -6,6 +6,8 @@ import json
 import os
 from pathlib import Path
 
+from trimtab.tasks.results import Results
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -28,3 +30,17 @@ def files(folder):
 
 def weights(folder):
     return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def stopped_after_two_batches(monkeypatch):
+    """Ctrl-C comes when the second batch of an evaluation has been kept. Gives the sizes of the batches kept."""
+    add, calls = Results.add, []
+
+    def stopping(self, task, outcomes):
+        add(self, task, outcomes)
+        calls.append(len(outcomes))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Results, "add", stopping)
+    return calls

@@ -396,3 +396,7 @@ def test_parts_of_a_fused_projection_share_the_vector_too(tmp_path: Path) -> Non
     other = reader()
     trimtab.load(other, adapter.save(tmp_path / "a"))
     assert torch.equal(other(x), model(x))
+
+
+def test_every_projection_there_is_can_be_named() -> None:
+    assert set(RandomSubspace.projections) == set(PROJECTIONS)

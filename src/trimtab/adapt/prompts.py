@@ -22,6 +22,7 @@ from trimtab.deltas.layout import original_class
 from trimtab.deltas.method import OnProgress
 from trimtab.deltas.soft_prompt import SoftPrompt
 from trimtab.errors import UsageError
+from trimtab.models.last_layer import recomputes
 
 
 class Prompt(nn.Module):
@@ -154,7 +155,7 @@ def _refuse_too_long(backbone: Any, length: int, prompt: Prompt) -> None:
 
 def refuse_recomputing(backbone: nn.Module) -> None:
     """UsageError where layers run again in backward: transformers lets them see no cache then, and so no prefix."""
-    if backbone.training and any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules()):
+    if recomputes(backbone):
         raise UsageError("prefix tuning does not work with gradient checkpointing: turn that off")
 
 

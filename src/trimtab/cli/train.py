@@ -12,7 +12,7 @@ from trimtab.cli.common import Screen, load_model, need_tokenizer, new_run, prog
 from trimtab.cli.data import encode_for_training, encode_rows, read_rows
 from trimtab.cli.recipe import DataFlags, Recipe, read_recipe, resolved, same_run, write_config
 from trimtab.cli.train_classifier import tell_classifier, train_classifier
-from trimtab.cli.training import attach_recipe, fit_run
+from trimtab.cli.training import attach_recipe, fit_run, tell_losses
 from trimtab.errors import TrimtabError
 from trimtab.files import read_json
 
@@ -44,12 +44,7 @@ def run(name: str, summary: str, argv: list[str]) -> None:
 
 def _tell(result: dict[str, Any], recipe: Recipe, folder: Path, screen: Screen) -> None:
     """What came of it, and what to do next."""
-    screen.outcome(
-        f"trained in {result['seconds']:.1f} s, {result['tokens_per_second']:.0f} tokens/s, "
-        f"loss {result['train_loss']:.3f} nats per token"
-        + (f", evaluation {result['eval_loss']:.3f}" if result["eval_loss"] is not None else "")
-        + (f" ({before:.3f} before training)" if (before := result.get("eval_loss_before")) is not None else "")
-    )
+    tell_losses(result, "token", screen)
     screen.outcome(f"adapter: {result['adapter']}")
     model, adapter, merged = (shlex.quote(str(x)) for x in (recipe.model.model, result["adapter"], folder / "merged"))
     screen.say(f"next: {program()} report {shlex.quote(str(folder))}")

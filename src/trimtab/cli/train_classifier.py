@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from trimtab.cli.common import Screen, load_model, program
 from trimtab.cli.recipe import Recipe, resolved, write_config
-from trimtab.cli.training import attach_recipe, fit_run
+from trimtab.cli.training import attach_recipe, fit_run, tell_losses
 from trimtab.data.labelled import LabelledRow, class_names, hold_out
 from trimtab.tasks import make_task
 from trimtab.tasks.nlu import Classification, ClassRecord, Sentences
@@ -117,12 +117,7 @@ def _sample(item: Sentences, before: str, after: str) -> dict[str, str]:
 
 def tell_classifier(result: dict[str, Any], recipe: Recipe, folder: Path, screen: Screen) -> None:
     """What came of it, and what to do next."""
-    screen.outcome(
-        f"trained in {result['seconds']:.1f} s, {result['tokens_per_second']:.0f} tokens/s, "
-        f"loss {result['train_loss']:.3f} nats per row"
-        + (f", evaluation {result['eval_loss']:.3f}" if result["eval_loss"] is not None else "")
-        + (f" ({before:.3f} before training)" if (before := result.get("eval_loss_before")) is not None else "")
-    )
+    tell_losses(result, "row", screen)
     if "accuracy" in result:
         found, (low, high) = result["accuracy"], result["accuracy"]["interval_after"]
         screen.outcome(

@@ -106,3 +106,13 @@ def _extent(recipe: Recipe, adapter: Adapter, examples: Sequence[Example], folde
     steps = Plan.of(examples, recipe.training, adapter.method.default_lr).steps
     found = checkpoints(folder / "checkpoints") if recipe.run.resume else []
     return (int(found[-1].name.removeprefix("step-")) if found else 0), steps
+
+
+def tell_losses(result: dict[str, Any], unit: str, screen: Screen) -> None:
+    """What training came to. unit: what a loss is the mean over, token or row."""
+    screen.outcome(
+        f"trained in {result['seconds']:.1f} s, {result['tokens_per_second']:.0f} tokens/s, "
+        f"loss {result['train_loss']:.3f} nats per {unit}"
+        + (f", evaluation {result['eval_loss']:.3f}" if result["eval_loss"] is not None else "")
+        + (f" ({before:.3f} before training)" if (before := result.get("eval_loss_before")) is not None else "")
+    )

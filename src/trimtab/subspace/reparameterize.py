@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from trimtab.errors import UsageError, did_you_mean
+from trimtab.models.last_layer import recomputes
 from trimtab.patterns import matches
 from trimtab.subspace.layers import layer_groups
 from trimtab.subspace.offsets import Offsets, groups_of
@@ -81,10 +82,7 @@ class Subspace(Offsets):
 
     def call(self, weights: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """What the model computes with these parameters, tied ones being tied. weights: those of `weights`."""
-        # Newer versions of transformers call it activation checkpointing, and warn of the older name.
-        newer = hasattr(self.model, "activation_checkpointing_enable")
-        name = "is_activation_checkpointing" if newer else "is_gradient_checkpointing"
-        if self.training and getattr(self.model, name, False):
+        if recomputes(self.model):
             raise UsageError(
                 "gradient checkpointing computes again after the weights are gone: turn it off with "
                 "model.gradient_checkpointing_disable()"
