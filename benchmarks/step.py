@@ -1,6 +1,7 @@
 """Seconds of one training step at a fixed length, every token supervised: trimtab, PEFT and the floor, in turn.
 
 usage: python benchmarks/step.py --model DIR [--rounds 9] [--threads 1] [--batch 4] [--length 256] [--dtype float32]
+    [--compile]
 
 The floor is the frozen model: forward and backward to its input embeddings, with its head and loss ("floor") and
 without ("floor without head"). Each side is a process of its own, set up as it sets itself up; they take turns, a step
@@ -95,6 +96,8 @@ def serve(side: str, flags: argparse.Namespace, wire: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(flags.model, dtype=getattr(torch, flags.dtype))
     ids = torch.randint(0, model.config.vocab_size, (flags.batch, flags.length))
     step = SIDES[side](model, ids)
+    for layer in model.model.layers if flags.compile else ():
+        layer.compile()
     while wire.recv():
         start = time.perf_counter()
         step()
@@ -117,6 +120,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--compile", action="store_true", help="every layer of every side, by inductor")
     flags = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     wires = {}

@@ -1,7 +1,6 @@
 """In which dtype products of matrices are computed, where that is not the dtype they are kept in.
 
-A CPU without instructions for bf16 (or fp16) multiplies such matrices element by element, ten times and more slower
-than in fp32. There the matrices of one product are made wide for the time of it and the result is rounded once: what is
+A CPU without instructions for bf16 (or fp16) multiplies such matrices many times slower than in fp32. There the matrices of one product are made wide for the time of it and the result is rounded once: what is
 kept, for backward or for good, stays narrow, and sums are the more exact.
 """
 
