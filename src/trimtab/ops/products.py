@@ -1,7 +1,8 @@
 """In which dtype products of matrices are computed, where that is not the dtype they are kept in.
 
-A CPU without instructions for bf16 (or fp16) multiplies such matrices many times slower than in fp32. There the matrices of one product are made wide for the time of it and the result is rounded once: what is
-kept, for backward or for good, stays narrow, and sums are the more exact.
+A CPU without instructions for bf16 (or fp16) multiplies such matrices many times slower than in fp32. There the
+matrices of one product are made wide for the time of it and the result is rounded once: what is kept, for backward or
+for good, stays narrow, and sums are the more exact.
 """
 
 from __future__ import annotations
