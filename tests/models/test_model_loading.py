@@ -75,6 +75,33 @@ def test_an_adapter_on_an_embedded_model_names_what_other_tools_can_load(tiny_gg
     assert saved == ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m")
 
 
+def test_a_revision_of_a_repository_is_loaded_and_its_adapters_tell_of_it(llama_folder, tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    repository, commit = tmp_path / "models--some--model", "a" * 40
+    (repository / "refs" / "refs" / "pr").mkdir(parents=True)
+    (repository / "refs" / "refs" / "pr" / "1").write_text(commit)
+    (repository / "snapshots").mkdir()
+    llama_folder.rename(repository / "snapshots" / commit)
+    model = load("some/model@refs/pr/1").model
+    assert names_saved(model, tmp_path / "adapter") == ("some/model", "some/model@refs/pr/1")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["revision"] == "refs/pr/1"
+    with pytest.raises(UsageError, match=r"'some/model@refs/pr/2'.*needs a connection"):
+        load("some/model@refs/pr/2")
+
+
+def test_a_folder_with_an_at_sign_in_its_name_is_a_folder(llama_folder):
+    folder = llama_folder.rename(llama_folder.parent / "model@2")
+    assert load(str(folder)).path == folder
+
+
+@pytest.mark.parametrize("name", ["some/model@", "a/b/c@main"])
+def test_a_revision_of_nothing_is_refused(name):
+    with pytest.raises(UsageError, match=r"cannot be a hub id|no file or folder"):
+        load(name)
+
+
 def test_a_name_that_is_nowhere_gets_the_nearest_one():
     with pytest.raises(UsageError, match=r"smollm2-135.*smollm2-135m, minilm.*connection.*did you mean smollm2-135m"):
         load("smollm2-135")

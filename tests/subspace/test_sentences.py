@@ -15,6 +15,8 @@ from trimtab.subspace.runs import Run
 from trimtab.subspace.sentences import SentenceTrainer, Setting
 from trimtab.subspace.subject import of_sentences
 
+QUICK = ["--grid", "2,2000", "--seeds", "2", "--workers", "1", "--lr", "1e-2", "--lr-scale", "none", "--epochs", "4"]
+
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
@@ -81,21 +83,7 @@ def test_a_series_of_checkpoints_is_measured_and_told(setting: Setting, tmp_path
     for step in (0, 100):
         make_folder(folder / f"step-{step}")
     flags = ["--checkpoints", str(folder), "--task", str(setting.data), "--test-data", str(setting.test)]
-    quick = [
-        "--grid",
-        "2,2000",
-        "--seeds",
-        "2",
-        "--workers",
-        "1",
-        "--lr",
-        "1e-2",
-        "--lr-scale",
-        "none",
-        "--epochs",
-        "4",
-    ]
-    assert command(["measure", "dimension", *flags, *quick, "--out", str(tmp_path / "out"), "--json"]) == 0
+    assert command(["measure", "dimension", *flags, *QUICK, "--out", str(tmp_path / "out"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert list(told) == ["step-0", "step-100", "report"]
     assert told["step-0"]["scores"] == told["step-100"]["scores"], "both are the same weights"
@@ -112,6 +100,53 @@ def test_a_series_of_different_shapes_is_refused(setting: Setting, tmp_path: Pat
     assert "of different shapes" in capsys.readouterr().err
     assert command(["measure", "dimension", "--checkpoints", str(tmp_path), "--task", str(setting.data)]) == 2
     assert "fewer than two checkpoints" in capsys.readouterr().err
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where downloads of some/series are kept, with its revisions step1000 and step20; there is no connection."""
+    import huggingface_hub.constants
+
+    repository = tmp_path / "hub" / "models--some--series"
+    (repository / "refs").mkdir(parents=True)
+    for revision, digit in (("step1000", "a"), ("step20", "b")):
+        make_folder(repository / "snapshots" / (digit * 40))
+        (repository / "refs" / revision).write_text(digit * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return repository
+
+
+def test_revisions_of_a_repository_are_a_series_in_the_order_of_their_steps(
+    setting: Setting, hub: Path, tmp_path: Path, capsys
+) -> None:
+    flags = ["--checkpoints", "some/series@step1000", "some/series@step20", "--task", str(setting.data)]
+    out = ["--test-data", str(setting.test), "--out", str(tmp_path / "out"), "--json"]
+    assert command(["measure", "dimension", *flags, *QUICK, *out]) == 0
+    assert list(json.loads(capsys.readouterr().out)) == ["step20", "step1000", "report"]
+    told = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [one["at"] for one in told["series"]] == [20, 1000]
+    assert told["protocol"]["model"] == "series@step1000"
+    assert (tmp_path / "out" / "step20" / "runs.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["nowhere", "some/series@step20"], "there is no folder nowhere; those of a hub's repository are named"),
+        (["some/series@step20"], "some/series@step20: fewer than two checkpoints"),
+        (["some/series@step20", "an/other@step20"], "two checkpoints are called step20"),
+        (["./nowhere@step1", "some/series@step20"], "there is no file or folder ./nowhere@step1"),
+        (["some/series@step20", "some/series@step30"], "no model 'some/series@step30'"),
+    ],
+    ids=str,
+)
+def test_a_series_that_cannot_be_had_is_refused(
+    setting: Setting, hub: Path, given: list[str], said: str, capsys
+) -> None:
+    flags = ["--checkpoints", *given, "--task", str(setting.data), "--test-data", str(setting.test)]
+    assert command(["measure", "dimension", *flags]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_other_rows_in_a_file_of_the_same_name_are_another_search(setting: Setting, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ class Output:
 class ModelName:
     """Which model, loaded in the dtype of its checkpoint."""
 
-    model: str = option(help="short name (trimtab list models), folder, GGUF file or hub id")
+    model: str = option(help="short name (trimtab list models), folder, GGUF file or hub id, also as REPO@REVISION")
     trust_remote_code: bool = option(False, "run Python code that comes with the model")
 
 

@@ -10,7 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from trimtab.cli.common import Screen, load_libraries, options
+from trimtab.cli.common import Screen, find_model, load_libraries, options
 from trimtab.cli.measure import show_table, steps_of
 from trimtab.errors import UsageError
 from trimtab.options import option
@@ -35,7 +35,9 @@ class DimensionFlags:
     test_data: str | None = option(None, "with a file as --task: the file that is scored")
     model: str | None = option(None, "a pretrained encoder or causal model, under a head that is trained")
     checkpoints: tuple[str, ...] = option(
-        (), "in the place of --model: a folder of checkpoints, or several, in the order of their pretraining"
+        (),
+        "in the place of --model: a folder of checkpoints, or several in the order of their pretraining; of a hub's "
+        "repository as REPO@REVISION",
     )
     mode: Literal["did", "said"] = option("did", "with --model: one θ_d, or a λ for every layer out of the budget too")
     random_weights: bool = option(False, "with --model: the same architecture, not pretrained, as a control")
@@ -86,8 +88,7 @@ def run(name: str, summary: str, argv: list[str]) -> None:
         return
     from trimtab.report.dimension_page import result, score_table, sentences, write_dimension
 
-    with screen.progress("reading the task"):
-        subject = _subject(flags)
+    subject = _read(flags, "the task", screen)
     measured, about = _one(flags, subject, screen)
     table = score_table(measured)
     show_table(screen, table.title, table.head, table.rows)
@@ -115,21 +116,19 @@ def _series(flags: DimensionFlags, screen: Screen) -> dict[str, Any]:
     """Every checkpoint in a folder of its own within --out; then what the series comes to."""
     from trimtab.report.dimension_page import Checkpoint, series_sentences, series_table, write_series
 
-    folders = _checkpoints(flags.checkpoints)
-    steps = steps_of([folder.name for folder in folders])
-    folders.sort(key=lambda folder: steps.get(folder.name, 0))
-    given = [dataclasses.replace(flags, model=str(folder), checkpoints=()) for folder in folders]
-    with screen.progress("reading the checkpoints"):
-        subjects = [_subject(own) for own in given]
-    sizes = {subject.D for subject in subjects}
-    if len(sizes) > 1:
-        told = ", ".join(f"{folder.name} {subject.D:,}" for folder, subject in zip(folders, subjects, strict=True))
+    given = _checkpoints(flags.checkpoints)
+    steps = steps_of(list(given))
+    models = {label: given[label] for label in sorted(given, key=lambda label: steps.get(label, 0))}
+    own = {label: dataclasses.replace(flags, model=model, checkpoints=()) for label, model in models.items()}
+    subjects = {label: _read(own[label], label, screen) for label in own}
+    if len({subject.D for subject in subjects.values()}) > 1:
+        told = ", ".join(f"{label} {subject.D:,}" for label, subject in subjects.items())
         raise UsageError(f"the checkpoints are of different shapes, so that their d90 do not compare: {told}")
     series, about = [], None
-    for place, (own, folder, subject) in enumerate(zip(given, folders, subjects, strict=True)):
-        within = str(Path(flags.out) / folder.name) if flags.out is not None else None
-        measured, about = _one(dataclasses.replace(own, out=within), subject, screen)
-        series.append(Checkpoint(folder.name, steps.get(folder.name, place), measured))
+    for place, (label, subject) in enumerate(subjects.items()):
+        within = str(Path(flags.out) / label) if flags.out is not None else None
+        measured, about = _one(dataclasses.replace(own[label], out=within), subject, screen)
+        series.append(Checkpoint(label, steps.get(label, place), measured))
     assert about is not None
     about = dataclasses.replace(about, title=f"{Path(flags.task).name}, {flags.mode.upper()}", features=None)
     table = series_table(series)
@@ -144,19 +143,32 @@ def _series(flags: DimensionFlags, screen: Screen) -> dict[str, Any]:
     return found
 
 
-def _checkpoints(given: tuple[str, ...]) -> list[Path]:
-    """The folders of the checkpoints: those given, or those within a single one."""
-    folders = [Path(name).expanduser() for name in given]
-    missing = next((folder for folder in folders if not folder.is_dir()), None)
-    if missing is not None:
-        raise UsageError(f"checkpoints: there is no folder {missing}")
-    if len(folders) == 1:
-        folders = sorted(path.parent for path in folders[0].glob("*/config.json"))
-    if len(folders) < 2:
+def _checkpoints(given: tuple[str, ...]) -> dict[str, str]:
+    """By label, the checkpoints given, or those within a single folder: folders, and REPO@REVISION of a hub."""
+    from trimtab.models.load import hub_revision
+
+    missing = [name for name in given if not Path(name).expanduser().is_dir() and hub_revision(name)[1] is None]
+    if missing:
         raise UsageError(
-            f"{given[0]} holds fewer than two checkpoints (folders with a config.json): a series needs two"
+            f"checkpoints: there is no folder {missing[0]}; those of a hub's repository are named one by one, as "
+            "REPO@REVISION"
         )
-    return folders
+    names = list(given)
+    if len(given) == 1 and hub_revision(given[0])[1] is None:
+        names = sorted(str(path.parent) for path in Path(given[0]).expanduser().glob("*/config.json"))
+    if len(names) < 2:
+        raise UsageError(
+            f"{given[0]}: fewer than two checkpoints, but a series needs two: folders with a config.json, or "
+            "REPO@REVISION"
+        )
+    labels = [hub_revision(name)[1] or Path(name).name for name in names]
+    double = [label for label in labels if labels.count(label) > 1]
+    if double:
+        raise UsageError(
+            f"two checkpoints are called {double[0]}, by which their results are kept: measure them apart, or rename a "
+            "folder"
+        )
+    return dict(zip(labels, names, strict=True))
 
 
 def _refuse_idle(flags: DimensionFlags) -> None:
@@ -174,6 +186,14 @@ def _refuse_idle(flags: DimensionFlags) -> None:
     if idle:
         flag = f"--{idle[0].replace('_', '-')}"
         raise UsageError(f"{flag} is for a task {'with' if flags.model is None else 'without'} --model")
+
+
+def _read(flags: DimensionFlags, what: str, screen: Screen) -> Subject:
+    """What is measured; a model of a hub's is fetched first, with the hub's own bars."""
+    if flags.model is not None:
+        find_model(flags.model, screen, trust_remote_code=False, kind="classifier")
+    with screen.progress(f"reading {what}"):
+        return _subject(flags)
 
 
 def _subject(flags: DimensionFlags) -> Subject:

@@ -29,6 +29,7 @@ def save_prompt(adapter: PromptAdapter, path: str | Path) -> Path:
     config = {
         **adapter.prompt.config.to_dict(),
         "base_model_name_or_path": base_name(adapter.model) or adapter.provenance.get("base_model"),
+        "revision": getattr(adapter.model, "_trimtab_revision", None),
         "inference_mode": True,
     }
     own = {

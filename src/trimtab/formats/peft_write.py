@@ -143,6 +143,7 @@ def _shared_config(adapter: Adapter) -> dict[str, Any]:
     return {
         "auto_mapping": None,
         "base_model_name_or_path": base_name(adapter.model) or adapter.provenance.get("base_model"),
+        "revision": getattr(adapter.model, "_trimtab_revision", None),
         "task_type": _task_type(adapter),
         "inference_mode": True,
         "bias": BIASES[adapter.placement.bias],

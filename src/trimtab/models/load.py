@@ -48,6 +48,7 @@ def load(
 ) -> LoadedModel:
     """The model and tokenizer called `name`: an embedded short name, a local folder, a GGUF file or a hub id.
 
+    A hub id may name a revision: REPO@REVISION.
     dtype: float32, bfloat16, float16, or fp32, bf16, fp16 (or a torch.dtype); None is what the checkpoint stores.
     device: None is the CPU.
     Weights come from safetensors only, nothing is unpickled, and each one the model needs must be there (a missing
@@ -96,7 +97,14 @@ def _name(model: Any, name: str, path: Path) -> None:
     model._trimtab_name = name
     if path != Path(name).expanduser():
         # What was converted or fetched lies in this user's cache, which means nothing elsewhere.
-        model.config._name_or_path = EMBEDDED[name].hub_id if name in EMBEDDED else name
+        repository, model._trimtab_revision = hub_revision(name)
+        model.config._name_or_path = EMBEDDED[name].hub_id if name in EMBEDDED else repository
+
+
+def hub_revision(name: str) -> tuple[str, str | None]:
+    """The two parts of REPO@REVISION; the revision is None for any other name, and for a file or folder here."""
+    repository, _, revision = name.partition("@")
+    return (repository, revision) if revision and not Path(name).expanduser().exists() else (name, None)
 
 
 def find(
@@ -125,7 +133,7 @@ def find(
         if kind not in ("causal-lm", "classifier"):
             raise UsageError(f"{name} is a GGUF file, which is read as causal-lm, but {kind} is needed here")
         return safetensors_folder(path, progress=progress)
-    if name.startswith((".", "/", "~")) or path.suffix == ".gguf" or len(path.parts) > 2:
+    if name.startswith((".", "/", "~")) or path.suffix == ".gguf" or len(Path(hub_revision(name)[0]).parts) > 2:
         raise UsageError(f"there is no file or folder {name}")
     return _fetch(name, trust_remote_code)
 
@@ -150,7 +158,8 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
 def _fetch(name: str, trust_remote_code: bool) -> Path:
     nowhere = f"no model '{name}': it is no file or folder here, not an embedded model ({', '.join(EMBEDDED)})"
     near = did_you_mean(name, EMBEDDED)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    repository, revision = hub_revision(name)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository):
         raise UsageError(f"{nowhere}, and cannot be a hub id{near}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -161,8 +170,9 @@ def _fetch(name: str, trust_remote_code: bool) -> Path:
     )
 
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"] + ["*.py"] * trust_remote_code
+    ignored = ["*/*", "consolidated*"]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=ignored))
     except GatedRepoError as error:
         raise UsageError(f"'{name}' asks for its terms to be accepted on the hub, and for a login: {error}") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
