@@ -18,8 +18,9 @@ from made_up_trainer import D
 
 from trimtab.errors import FormatError, UsageError
 from trimtab.subspace.crossing import Threshold
-from trimtab.subspace.runs import Runs
+from trimtab.subspace.runs import Run, Runs
 from trimtab.subspace.search import SWEEP_SEED, Measured, NoDimension, Plan, measure
+from trimtab.subspace.training import Outcome
 
 
 def runs(folder: Path | None = None, workers: int = 1, about: dict | None = None, **options) -> Runs:
@@ -57,6 +58,32 @@ def test_a_grid_is_tried_as_it_is_and_gives_the_first_crossing() -> None:
     assert sorted(own.scores) == [100, 500, 750, 900]
     assert own.crossing.first == 750
     assert 500 < own.crossing.d < 750
+
+
+def test_the_gap_is_of_the_same_runs_at_the_first_d_above_the_threshold() -> None:
+    by_d = {10: (0.5, 0.45), 20: (0.97, 0.92), 40: (1.0, 0.93), None: (1.0, 0.95)}  # training and test score
+
+    def train(run: Run) -> Outcome:
+        training, test = by_d[run.d]
+        shift = 0.01 * run.seed
+        return Outcome(run.seed, run.d or D, run.lr, training + shift, 0.0, test, 2.0, 0.1, 1.0, 10, False)
+
+    own = found(Runs(lambda: train, {}), grid=(10, 20, 40))
+    assert own.train_scores[20] == pytest.approx((0.97, 0.98, 0.99))
+    assert {d: len(scores) for d, scores in own.train_scores.items()} == dict.fromkeys((10, 20, 40), 3)
+    assert own.crossing.first == 20
+    assert own.gap == pytest.approx(0.98 - 0.92)
+    assert found(Runs(lambda: train, {}), grid=(10,)).gap is None
+
+
+@pytest.mark.parametrize("d90", [0.01, 700.0, 1e9])
+def test_what_was_measured_comes_back_from_json(d90: float) -> None:
+    own = found(runs(d90=d90), rates=(0.5, 1.0), threshold=Threshold("absolute", 0.8))
+    assert Measured.from_dict(json.loads(json.dumps(own.to_dict()))) == own
+    assert Measured.from_dict(own.to_dict()) == own
+    short = {**own.to_dict(), "train_scores": {}}
+    with pytest.raises(ValueError, match="not of the same runs"):
+        Measured.from_dict(short)
 
 
 def test_rates_are_scaled_and_chosen_by_a_seed_of_their_own() -> None:

@@ -23,6 +23,8 @@ FURTHER = 4
 """At most so many d more, where the interval is open."""
 SWEEP_SEED = 10_000
 """The seed with which learning rates are compared: none that is measured with."""
+ENDS = ("d", "low", "high")
+"""What of a crossing is infinite where it was not reached."""
 
 
 class NoDimension(TrimtabError, ValueError):
@@ -67,25 +69,61 @@ class Plan:
 class Measured:
     """What a search came to.
 
-    crossing: d90, its interval and the fit. scores: of the split that counts, by d and seed. baseline: of training all
-    D parameters. rates: learning rate by d, D for the baseline. diverged: runs whose loss ended no number or above
-    where it began.
+    crossing: d90, its interval and the fit. scores: of the split that counts, by d and seed. train_scores: of the same
+    runs on the training split. baseline: of training all D parameters. rates: learning rate by d, D for the baseline.
+    diverged: runs whose loss ended no number or above where it began.
     """
 
     D: int
     crossing: Crossing
     scores: Mapping[int, tuple[float, ...]]
+    train_scores: Mapping[int, tuple[float, ...]]
     baseline: tuple[float, ...]
     rates: Mapping[int, float]
     diverged: int
     chance: float
     plan: Plan
 
+    @property
+    def gap(self) -> float | None:
+        """The generalisation gap at the first d above the threshold: the mean training score less the mean score that
+        counts. None where no d is above."""
+        d = self.crossing.first
+        return None if d is None else float(np.mean(self.train_scores[d]) - np.mean(self.scores[d]))
+
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON; what was not reached is null."""
         plain = dataclasses.asdict(self)
         plain["crossing"] = {k: None if v == math.inf else v for k, v in plain["crossing"].items()}
         return plain
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Measured:
+        """From what `to_dict` gave, through JSON or not; what else is in it is left.
+
+        Raises KeyError, TypeError, ValueError or AttributeError for anything else.
+        """
+        ends = {name: math.inf if plain["crossing"][name] is None else float(plain["crossing"][name]) for name in ENDS}
+        fitted = tuple((int(d), float(value)) for d, value in plain["crossing"]["fitted"])
+        scores, train_scores = (_by_d(plain[name]) for name in ("scores", "train_scores"))
+        if {d: len(own) for d, own in scores.items()} != {d: len(own) for d, own in train_scores.items()}:
+            raise ValueError("scores and train_scores are not of the same runs")
+        plan, several = dict(plain["plan"]), {name: tuple(plain["plan"][name]) for name in ("grid", "rates")}
+        return cls(
+            int(plain["D"]),
+            Crossing(**{**plain["crossing"], **ends, "fitted": fitted}),
+            scores,
+            train_scores,
+            tuple(map(float, plain["baseline"])),
+            {int(d): float(rate) for d, rate in plain["rates"].items()},
+            int(plain["diverged"]),
+            float(plain["chance"]),
+            Plan(**{**plan, **several, "threshold": Threshold(**plan["threshold"])}),
+        )
+
+
+def _by_d(plain: Mapping[str, Any]) -> dict[int, tuple[float, ...]]:
+    return {int(d): tuple(map(float, own)) for d, own in plain.items()}
 
 
 def measure(
@@ -119,8 +157,9 @@ def measure(
         search.close_interval(baseline)
     scores = {d: search.scores[d] for d in sorted(search.scores)}
     found = crossing(scores, baseline, plan.threshold)
+    train_scores = {d: search.train_scores[d] for d in scores}
     rates = dict(sorted(search.rates.items()))
-    return Measured(D, found, scores, tuple(baseline), rates, search.diverged, chance, plan)
+    return Measured(D, found, scores, train_scores, tuple(baseline), rates, search.diverged, chance, plan)
 
 
 def _refuse_chance(wanted: float, chance: float, examples: int, threshold: Threshold) -> None:
@@ -137,6 +176,7 @@ class _Search:
     def __init__(self, runs: Runs, D: int, plan: Plan, scored: str, at: Callable[[str], None]) -> None:
         self.runs, self.D, self.plan, self.scored, self.at = runs, D, plan, scored, at
         self.scores: dict[int, tuple[float, ...]] = {}
+        self.train_scores: dict[int, tuple[float, ...]] = {}
         self.rates: dict[int, float] = {}
         self.diverged = 0
 
@@ -159,6 +199,7 @@ class _Search:
             outcomes = self.trained(d)
             self.diverged += sum(outcome.diverged for outcome in outcomes)
             self.scores[d] = tuple(self.score(outcome) for outcome in outcomes)
+            self.train_scores[d] = tuple(outcome.train for outcome in outcomes)
         return float(np.mean(self.scores[d]))
 
     def bracket_and_halve(self, wanted: float) -> None:
