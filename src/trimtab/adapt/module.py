@@ -111,14 +111,14 @@ class Adapted(_Reclassed):
         # A model that writes one token at a time feels every lookup here: those of nn.Module, which are slow, are
         # passed by, and deltas are not called through it.
         own: Any = self
-        deltas, y = own._modules["deltas"]._modules, None
+        deltas, parameters, y = own._modules["deltas"]._modules, own._parameters, None
         for name in names:
             delta: Delta | None = deltas.get(name)
             if delta is not None:
                 x = args[0] if args else next(iter(kwargs.values()))
-                weight, bias = own._parameters.get("weight"), own._parameters.get("bias")
+                weight = parameters.get("weight")
                 weight = own.weight if weight is None else weight
-                bias = getattr(own, "bias", None) if bias is None else bias
+                bias = parameters["bias"] if "bias" in parameters else getattr(own, "bias", None)
                 y = delta.forward(x, weight, bias) if y is None else y + delta.branch(x, weight, bias)
         return super().forward(*args, **kwargs) if y is None else y  # type: ignore[misc]
 

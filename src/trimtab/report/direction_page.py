@@ -33,7 +33,7 @@ def render(findings: Findings) -> str:
 def _context(findings: Findings) -> dict[str, Any]:
     s = findings.directions
     return {
-        "title": f"Directions of {findings.model}",
+        "title": f"Directions of {Path(findings.model).name}",
         "lead": _lead(findings),
         "sentences": findings.sentences(),
         "overlap_tables": overlap_tables(findings),
