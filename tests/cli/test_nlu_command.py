@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
 from tiny_command_line import files, stopped_after_two_batches, weights
 
 from tiny_classifier import lines, make_folder, write_table
+from trimtab import load
+from trimtab.models.classifier import load_classifier
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +35,8 @@ def tables(tmp_path_factory):
 def trained(trimtab, encoder, tables):
     """trained(out, *flags): train a classifier of SST-2's sentences."""
 
-    def call(out, *flags, task="sst2", data=None, epochs=10):
-        fixed = ["train", "--model", encoder, "--task", task, "--data", data or tables / "nlu" / "sst2.train.tsv.gz"]
+    def call(out, *flags, task="sst2", data=None, epochs=10, base=encoder):
+        fixed = ["train", "--model", base, "--task", task, "--data", data or tables / "nlu" / "sst2.train.tsv.gz"]
         how = ["--threads", 1, "--dtype", "float32", "--epochs", epochs, "--lr", 1e-2]
         return trimtab(*fixed, *how, "--out", out, *flags)
 
@@ -116,6 +121,90 @@ def test_pairs_of_ones_own_with_words_for_labels(trained, evaluated, tables, tmp
     assert "the classes of sst2 are 0, 1, and not no, yes" in other.err
     wrong = evaluated(*adapter, task="classification", data=tables / "nlu" / "sst2.test.tsv.gz")
     assert "sst2.test.tsv.gz line 1 has the label '0', but the classes are no, yes" in wrong.err
+
+
+@pytest.fixture(scope="module")
+def bases(encoder, tmp_path_factory):
+    """Folders of models by kind; an adapter on a poolerless one brings a pooler with its head."""
+    folder = tmp_path_factory.mktemp("bases")
+    bare = make_folder(folder / "poolerless") / "model.safetensors"
+    save_file({k: v for k, v in load_file(bare).items() if "pooler" not in k}, bare, metadata={"format": "pt"})
+    return {"encoder": encoder, "poolerless": bare.parent, "causal": make_folder(folder / "causal", "causal")}
+
+
+@pytest.fixture
+def answers(tables):
+    """answers(model, tokenizer): a model's logits on eight pairs, padded."""
+
+    def call(model, tokenizer):
+        pairs = [line.split("\t")[1:] for line in (tables / "own.test.tsv").read_text().splitlines()[1:9]]
+        with torch.no_grad():
+            return model(**tokenizer(*map(list, zip(*pairs, strict=True)), padding=True, return_tensors="pt")).logits
+
+    return call
+
+
+LORA, DASH = "lora --rank 4", "dash --rank 4 --warm-up-steps 2"
+LOW_RANK = [("encoder", LORA), ("poolerless", LORA), ("causal", LORA), ("encoder", DASH), ("causal", DASH)]
+ALIKE = {"rtol": 0, "atol": 1e-5}  # logits of about 1, in fp32, computed in another order
+
+
+@pytest.fixture
+def delivered(trained, trimtab, bases, tables, answers, tmp_path):
+    """delivered(command, kind, method): a trained adapter merged or exported to a folder, the classifier's tokenizer,
+    and what it answers with the adapter on it, under a head drawn from another seed."""
+
+    def call(command, kind, method=LORA, *flags):
+        how = {"task": "classification", "data": tables / "own.tsv", "epochs": 1, "base": bases[kind]}
+        assert trained(tmp_path / "run", "--method", *method.split(), **how).code == 0
+        adapter, out = tmp_path / "run" / "adapter", tmp_path / "out"
+        done = trimtab(command, "--model", bases[kind], "--adapter", adapter, "--out", out, *flags)
+        assert done.code == 0, done.err
+        loaded = load_classifier(str(bases[kind]), ("no", "yes"), seed=7)
+        load(loaded.model, adapter)
+        return out, loaded.tokenizer, answers(loaded.model, loaded.tokenizer)
+
+    return call
+
+
+@pytest.mark.parametrize(("kind", "method"), [*LOW_RANK, ("encoder", "bitfit")])
+def test_a_merged_classifier_is_a_plain_one_with_the_same_logits(delivered, answers, kind, method):
+    out, _, wanted = delivered("merge", kind, method)
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(out)
+    torch.testing.assert_close(answers(plain, transformers.AutoTokenizer.from_pretrained(out)), wanted, **ALIKE)
+    assert plain.config.id2label == {0: "no", 1: "yes"}
+    audit = json.loads((out / "audit.json").read_text())
+    assert 0 <= audit["max_logit_difference"] < 1e-5
+    assert all(layer["relative_change"] > 0 for layer in audit["layers"])
+
+
+def test_a_merged_classifier_is_evaluated_without_an_adapter(delivered, trimtab, tables, tmp_path):
+    out, *_ = delivered("merge", "encoder")
+    asked = ["eval", "--tasks", "classification", "--data", tables / "own.test.tsv", "--threads", 1, "--json"]
+    merged = trimtab(*asked, "--model", out)
+    assert merged.code == 0, merged.err
+    assert merged.json["tasks"][0]["items"] == 20
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("kind", "method"), LOW_RANK)
+def test_peft_loads_an_exported_classifier_with_its_head(delivered, bases, answers, kind, method):
+    import peft
+
+    out, tokenizer, wanted = delivered("export", kind, method)
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(
+        bases[kind], num_labels=2, pad_token_id=tokenizer.pad_token_id
+    )
+    loaded = peft.PeftModel.from_pretrained(base, out)
+    torch.testing.assert_close(answers(loaded, tokenizer), wanted, **ALIKE)
+
+
+@pytest.mark.parametrize("kind", ["encoder", "poolerless", "causal"])
+def test_a_dense_change_of_a_classifier_keeps_its_head(delivered, bases, answers, kind):
+    out, tokenizer, wanted = delivered("export", kind, LORA, "--format", "dense")
+    loaded = load_classifier(str(bases[kind]), ("no", "yes"), seed=8)
+    load(loaded.model, out)
+    torch.testing.assert_close(answers(loaded.model, tokenizer), wanted, **ALIKE)
 
 
 def test_a_stopped_run_is_resumed_to_the_same_weights(trained, tmp_path, monkeypatch):

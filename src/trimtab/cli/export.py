@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from trimtab.cli.answering import ANY_BASE
-from trimtab.cli.common import ModelName, Screen, load_model, options, refuse_taken
+from trimtab.cli.common import Screen, options, refuse_taken
+from trimtab.cli.delivering import AdapterFlags, load_adapted
 from trimtab.options import option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExportFlags(ModelName):
-    adapter: str = option(help="the adapter's folder")
-    any_base: bool = option(False, ANY_BASE)
+class ExportFlags(AdapterFlags):
     out: str = option(help="folder for the exported adapter")
     format: Literal["peft", "dense"] = option(
         "peft", "peft: a standard LoRA that PEFT and others load; dense: ΔW of each weight, as method full saves it"
@@ -25,13 +23,10 @@ def run(name: str, summary: str, argv: list[str]) -> None:
     flags, output = options(ExportFlags, name, summary, argv)
     refuse_taken(flags.out)
     screen = Screen(output)
-    loaded = load_model(flags, screen)
-    import trimtab
+    _, adapter = load_adapted(flags, screen)
     from trimtab.formats.dense import export_dense
     from trimtab.formats.peft import export_peft
 
-    with screen.progress("loading the adapter"):
-        adapter = trimtab.load(loaded.model, flags.adapter, any_base=flags.any_base)
     with screen.progress("writing the adapter"):
         folder = (export_dense if flags.format == "dense" else export_peft)(adapter, flags.out)
     screen.outcome(f"{flags.format} adapter: {folder}")

@@ -6,15 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from trimtab.cli.answering import ANY_BASE
-from trimtab.cli.common import ModelName, Screen, load_model, options, refuse_taken
+from trimtab.cli.common import Screen, options, refuse_taken
+from trimtab.cli.delivering import AdapterFlags, load_adapted
 from trimtab.options import option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MergeFlags(ModelName):
-    adapter: str = option(help="the adapter's folder")
-    any_base: bool = option(False, ANY_BASE)
+class MergeFlags(AdapterFlags):
     out: str = option(help="folder for the merged model")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "dtype of the merged model; auto keeps the checkpoint's, float32 loses nothing of the change"
@@ -26,13 +24,11 @@ def run(name: str, summary: str, argv: list[str]) -> None:
     flags, output = options(MergeFlags, name, summary, argv)
     refuse_taken(flags.out)
     screen = Screen(output)
-    loaded = load_model(flags, screen)
+    loaded, adapter = load_adapted(flags, screen)
     import trimtab
     from trimtab.models.dtypes import torch_dtype
     from trimtab.report.record import write_audit
 
-    with screen.progress("loading the adapter"):
-        adapter = trimtab.load(loaded.model, flags.adapter, any_base=flags.any_base)
     dtype = None if flags.dtype == "auto" else torch_dtype(flags.dtype)
     with screen.progress("merging and auditing"):
         audit = trimtab.merge(adapter, dtype=dtype, tokenizer=loaded.tokenizer)
