@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.files import write_whole
-from trimtab.report.dimension_page import Told, result
-from trimtab.report.dimension_plots import told
+from trimtab.report.dimension_results import Told, result, told
 from trimtab.subspace.crossing import Threshold
 from trimtab.subspace.projection import make_projection
 from trimtab.subspace.runs import Runs
@@ -82,7 +81,7 @@ def one(name: str, asked: argparse.Namespace) -> None:
             found[mode] = measure(
                 runs, problem.D, plan, scored=problem.scored, chance=problem.chance, examples=len(split)
             )
-    label = Told(problem.name, problem.metric, split.name, about)
+    label = Told(problem.name, problem.metric, split.name, len(problem.train), about)
     results = {mode: result(measured, label) for mode, measured in found.items()}
     write_whole(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     lines = [f"{mode} {told(measured)}, first crossing {measured.crossing.first}" for mode, measured in found.items()]

@@ -56,3 +56,47 @@ def test_what_cannot_be_is_said_before_any_training(flags: list[str], said: str,
 def test_a_threshold_that_guessing_passes_is_refused(capsys) -> None:
     assert run(["measure", "dimension", *QUICK, "--epochs", "1", "--share", "0.1"]) == 1
     assert "any d would pass" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The folders of two measurements of the toy, which differ in their projection."""
+    folder = tmp_path_factory.mktemp("toys")
+    for projection in ("uni", "dense"):
+        flags = [*TOY, "--grid", "8,12", "--projection", projection, "--out", str(folder / projection), "--quiet"]
+        assert run(["measure", "dimension", *flags]) == 0
+    return [str(folder / projection) for projection in ("uni", "dense")]
+
+
+def test_measurements_that_were_kept_are_set_side_by_side(toys: list[str], tmp_path: Path, capsys) -> None:
+    assert run(["measure", "dimension", "--compare", *toys, "--out", str(tmp_path / "both"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [one["label"] for one in told["measurements"]] == ["uni", "dense"]
+    assert all(one["n"] == 10 and one["gap"] == 0 for one in told["measurements"]), "all splits are the same equations"
+    for folder, one in zip(toys, told["measurements"], strict=True):
+        assert json.loads((Path(folder) / "results.json").read_text()).items() <= one.items()
+    assert told == json.loads((tmp_path / "both" / "results.json").read_text()) | {"report": told["report"]}
+    assert "How they differ" in Path(told["report"]).read_text()
+    assert run(["measure", "dimension", "--compare", *toys]) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("uni", "dense", "1,000", "√(d90/n)", "d90 is least for"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--epochs", "3"], "--epochs changes nothing beside --compare"),
+        (["--task", "toy"], "--task changes nothing beside --compare"),
+        (["--checkpoints", "a", "b"], "--checkpoints changes nothing beside --compare"),
+        (["--out", "{first}"], "is one of the measurements, whose results it would replace"),
+        (["--compare", "{first}"], "is given twice"),
+        (["--compare", "/nowhere"], "/nowhere holds no results.json"),
+    ],
+    ids=str,
+)
+def test_a_comparison_that_cannot_be_is_refused(flags: list[str], said: str, toys: list[str], capsys) -> None:
+    before = (Path(toys[0]) / "results.json").read_bytes()
+    asked = [flag.format(first=toys[0]) for flag in flags]
+    assert run(["measure", "dimension", "--compare", *toys, *asked]) == 2
+    assert said in capsys.readouterr().err
+    assert (Path(toys[0]) / "results.json").read_bytes() == before

@@ -12,7 +12,7 @@ from tiny_classifier import lines, make_folder, write_table
 from trimtab.cli import run as command
 from trimtab.errors import UsageError
 from trimtab.subspace.runs import Run
-from trimtab.subspace.sentences import SentenceTrainer, Setting
+from trimtab.subspace.sentences import SentenceTrainer, Setting, read_splits
 from trimtab.subspace.subject import of_sentences
 
 QUICK = ["--grid", "2,2000", "--seeds", "2", "--workers", "1", "--lr", "1e-2", "--lr-scale", "none", "--epochs", "4"]
@@ -90,6 +90,11 @@ def test_a_series_of_checkpoints_is_measured_and_told(setting: Setting, tmp_path
     page = (tmp_path / "out" / "report.html").read_text()
     assert "do not say that it falls or rises" in page
     assert (tmp_path / "out" / "step-100" / "runs.jsonl").exists()
+    each = [str(tmp_path / "out" / f"step-{step}") for step in (0, 100)]
+    assert command(["measure", "dimension", "--compare", *each, "--json"]) == 0
+    both = json.loads(capsys.readouterr().out)
+    assert [one["label"] for one in both["measurements"]] == ["step-0", "step-100"]
+    assert [one["n"] for one in both["measurements"]] == [len(read_splits(setting).train)] * 2
 
 
 def test_a_series_of_different_shapes_is_refused(setting: Setting, tmp_path: Path, capsys) -> None:
@@ -126,7 +131,7 @@ def test_revisions_of_a_repository_are_a_series_in_the_order_of_their_steps(
     assert list(json.loads(capsys.readouterr().out)) == ["step20", "step1000", "report"]
     told = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [one["at"] for one in told["series"]] == [20, 1000]
-    assert told["protocol"]["model"] == "series@step1000"
+    assert [one["protocol"]["model"] for one in told["series"]] == ["series@step20", "series@step1000"]
     assert (tmp_path / "out" / "step20" / "runs.jsonl").exists()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +18,8 @@ from trimtab.tasks.problems import PROBLEMS, make_problem
 from trimtab.tasks.task import VARIABLE
 
 if TYPE_CHECKING:
-    from trimtab.report.dimension_page import Told
+    from trimtab.report.dimension_results import Told
+    from trimtab.report.direction_tables import Table
     from trimtab.subspace.problem import Problem, Protocol
     from trimtab.subspace.search import Measured, Plan
     from trimtab.subspace.subject import Subject
@@ -34,6 +35,9 @@ class DimensionFlags:
     data_dir: str | None = option(None, "folder with the task's files (MNIST's four IDX files, nlu/)")
     test_data: str | None = option(None, "with a file as --task: the file that is scored")
     model: str | None = option(None, "a pretrained encoder or causal model, under a head that is trained")
+    compare: tuple[str, ...] = option(
+        (), "in the place of a task: the --out folders of earlier measurements, which are set side by side"
+    )
     checkpoints: tuple[str, ...] = option(
         (),
         "in the place of --model: a folder of checkpoints, or several in the order of their pretraining; of a hub's "
@@ -83,17 +87,15 @@ def run(name: str, summary: str, argv: list[str]) -> None:
 
     if flags.out is not None:
         check_plots()
-    if flags.checkpoints:
-        screen.result(_series(flags, screen))
+    if flags.compare or flags.checkpoints:
+        screen.result(_comparison(flags, screen) if flags.compare else _series(flags, screen))
         return
-    from trimtab.report.dimension_page import result, score_table, sentences, write_dimension
+    from trimtab.report.dimension_page import score_table, write_dimension
+    from trimtab.report.dimension_results import result, sentences
 
     subject = _read(flags, "the task", screen)
     measured, about = _one(flags, subject, screen)
-    table = score_table(measured)
-    show_table(screen, table.title, table.head, table.rows)
-    for sentence in sentences(measured, about):
-        screen.outcome(sentence)
+    _show(score_table(measured), sentences(measured, about), screen)
     told = result(measured, about)
     if flags.out is not None:
         page = write_dimension(measured, about, Path(flags.out))
@@ -103,18 +105,20 @@ def run(name: str, summary: str, argv: list[str]) -> None:
 
 
 def _one(flags: DimensionFlags, subject: Subject, screen: Screen) -> tuple[Measured, Told]:
-    from trimtab.report.dimension_page import Told
+    from trimtab.report.dimension_results import Told
 
     plan = _plan(flags, subject.lr)
     measured = _measured(flags, subject, plan, screen)
     scale = "lr · √(D/d)" if flags.lr_scale == "sqrt" else "lr"
     protocol = {**subject.about, "lr": plan.lr, "lr in a subspace": scale}
-    return measured, Told(subject.title, subject.metric, subject.split, protocol, subject.features)
+    return measured, Told(subject.title, subject.metric, subject.split, subject.n, protocol, subject.features)
 
 
 def _series(flags: DimensionFlags, screen: Screen) -> dict[str, Any]:
     """Every checkpoint in a folder of its own within --out; then what the series comes to."""
-    from trimtab.report.dimension_page import Checkpoint, series_sentences, series_table, write_series
+    from trimtab.report.dimension_comparison import comparison_table, series_sentences, write_series
+    from trimtab.report.dimension_page import write_dimension
+    from trimtab.report.dimension_results import Measurement
 
     given = _checkpoints(flags.checkpoints)
     steps = steps_of(list(given))
@@ -124,23 +128,42 @@ def _series(flags: DimensionFlags, screen: Screen) -> dict[str, Any]:
     if len({subject.D for subject in subjects.values()}) > 1:
         told = ", ".join(f"{label} {subject.D:,}" for label, subject in subjects.items())
         raise UsageError(f"the checkpoints are of different shapes, so that their d90 do not compare: {told}")
-    series, about = [], None
+    series = []
     for place, (label, subject) in enumerate(subjects.items()):
         within = str(Path(flags.out) / label) if flags.out is not None else None
         measured, about = _one(dataclasses.replace(own[label], out=within), subject, screen)
-        series.append(Checkpoint(label, steps.get(label, place), measured))
-    assert about is not None
-    about = dataclasses.replace(about, title=f"{Path(flags.task).name}, {flags.mode.upper()}", features=None)
-    table = series_table(series)
-    show_table(screen, table.title, table.head, table.rows)
-    for sentence in series_sentences(series, about):
-        screen.outcome(sentence)
+        series.append(Measurement(label, steps.get(label, place), measured, about))
+        if within is not None:
+            write_dimension(measured, about, Path(within))
+    title = f"{Path(flags.task).name}, {flags.mode.upper()}"
+    _show(comparison_table(series), series_sentences(series, title), screen)
     found: dict[str, Any] = {one.label: one.measured.to_dict() for one in series}
     if flags.out is not None:
-        page = write_series(series, about, "step of pretraining" if steps else "checkpoint", Path(flags.out))
+        page = write_series(series, title, "step of pretraining" if steps else "checkpoint", Path(flags.out))
         screen.outcome(f"report: {page}")
         found["report"] = str(page)
     return found
+
+
+def _comparison(flags: DimensionFlags, screen: Screen) -> dict[str, Any]:
+    """Earlier measurements side by side."""
+    from trimtab.report.dimension_comparison import comparison_results, comparison_table, write_comparison
+    from trimtab.report.dimension_results import read_measurements
+
+    several = read_measurements(flags.compare)
+    results = comparison_results(several)
+    _show(comparison_table(several), results["sentences"], screen)
+    if flags.out is not None:
+        page = write_comparison(several, Path(flags.out))
+        screen.outcome(f"report: {page}")
+        results["report"] = str(page)
+    return results
+
+
+def _show(table: Table, sentences: Sequence[str], screen: Screen) -> None:
+    show_table(screen, table.title, table.head, table.rows)
+    for sentence in sentences:
+        screen.outcome(sentence)
 
 
 def _checkpoints(given: tuple[str, ...]) -> dict[str, str]:
@@ -173,6 +196,9 @@ def _checkpoints(given: tuple[str, ...]) -> dict[str, str]:
 
 def _refuse_idle(flags: DimensionFlags) -> None:
     """UsageError for flags that would change nothing."""
+    if flags.compare:
+        _refuse_beside_compare(flags)
+        return
     if flags.checkpoints:
         if flags.model is not None or flags.random_weights:
             raise UsageError("--checkpoints stands in the place of --model, and of pretrained weights")
@@ -186,6 +212,19 @@ def _refuse_idle(flags: DimensionFlags) -> None:
     if idle:
         flag = f"--{idle[0].replace('_', '-')}"
         raise UsageError(f"{flag} is for a task {'with' if flags.model is None else 'without'} --model")
+
+
+def _refuse_beside_compare(flags: DimensionFlags) -> None:
+    names = [field.name for field in dataclasses.fields(flags) if getattr(flags, field.name) != field.default]
+    idle = [name for name in names if name not in ("compare", "out")]
+    if idle:
+        flag = f"--{idle[0].replace('_', '-')}"
+        raise UsageError(f"{flag} changes nothing beside --compare, which trains nothing: leave it out")
+    out = None if flags.out is None else Path(flags.out).expanduser().resolve()
+    if out in [Path(folder).expanduser().resolve() for folder in flags.compare]:
+        raise UsageError(
+            f"--out {flags.out} is one of the measurements, whose results it would replace: choose another"
+        )
 
 
 def _read(flags: DimensionFlags, what: str, screen: Screen) -> Subject:

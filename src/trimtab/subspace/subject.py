@@ -22,8 +22,9 @@ A.3) found to work across tasks."""
 
 class Subject(NamedTuple):
     """title, metric, split: for people. D: parameters. scored, chance, examples: the split that counts, what guessing
-    scores there, its size. lr: by default, of all parameters. make: gives the trainer; can be sent to another process.
-    about: what the runs depend on. features: Σ (in + out) of the weights a LoRA would be put on, and how many; or None.
+    scores there, its size. n: training examples. lr: by default, of all parameters. make: gives the trainer; can be
+    sent to another process. about: what the runs depend on. features: Σ (in + out) of the weights a LoRA would be put
+    on, and how many; or None.
     """
 
     title: str
@@ -33,6 +34,7 @@ class Subject(NamedTuple):
     scored: str
     chance: float
     examples: int
+    n: int
     lr: float
     make: Callable[[], Trainer]
     about: Mapping[str, Any]
@@ -55,6 +57,7 @@ def of_problem(
         problem.scored,
         problem.chance,
         len(split),
+        len(problem.train),
         protocol.lr,
         functools.partial(problem_trainer, make, protocol, projection, dict(options)),
         about_problem(problem, protocol, projection, options),
@@ -77,6 +80,7 @@ def of_sentences(setting: Setting) -> Subject:
         "test",
         trainer.splits.chance,
         len(trainer.splits.test),
+        len(trainer.splits.train),
         FINE_TUNING_LR,
         functools.partial(SentenceTrainer, setting),
         {

@@ -1,0 +1,183 @@
+"""Several measurements of an intrinsic dimension side by side, or along a pretraining: as JSON and as one page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trimtab.files import write_whole
+from trimtab.report import wording
+from trimtab.report.dimension_plots import dimension_against, dimension_by_row, gap_against_bound
+from trimtab.report.dimension_results import RESULTS, Measurement, as_json, told
+from trimtab.report.direction_tables import Table
+from trimtab.report.template import filled
+
+SUBJECT = frozenset(
+    (
+        *("metric", "scored on", "training examples", "seeds", "task", "data", "data_digest", "test", "parameters"),
+        *("model", "weights", "pretrained", "mode", "layers", "projection", "diagonal", "options", "test_rows"),
+    )
+)
+"""What measurements are compared over. What else differs is how their runs were trained, on which d90 depends too."""
+ABSENT = "–"
+GAP_CAPTION = (
+    "Generalisation gap: the training score less the score that counts, at the first d tried above the threshold. "
+    "Aghajanyan et al. 2020 (arXiv 2012.13255), §5: test loss ≤ training loss + O(√(d/n)) for models trained in the "
+    "subspace, n being the training examples. The constant is not known, so the dashed line says how the bound grows, "
+    "not where it is."
+)
+
+
+def series_sentences(series: Sequence[Measurement], title: str) -> list[str]:
+    """Whether d90 falls from the first checkpoint to the last, by their intervals."""
+    first, last = series[0], series[-1]
+    said = [
+        f"d90 of {title} is {told(first.measured)} at {first.label} and {told(last.measured)} at {last.label}, "
+        f"the threshold of each being {first.measured.plan.threshold}"
+    ]
+    if last.measured.crossing.high < first.measured.crossing.low:
+        said.append("It falls along the series: the intervals of the first and the last are apart")
+    elif first.measured.crossing.high < last.measured.crossing.low:
+        said.append("It rises along the series: the intervals of the first and the last are apart")
+    else:
+        said.append("The intervals of the first and the last meet, so these runs do not say that it falls or rises")
+    return said + _cautions(series)
+
+
+def comparison_sentences(several: Sequence[Measurement]) -> list[str]:
+    """The least and the largest d90, and whether they are apart by their intervals."""
+    threshold = several[0].measured.plan.threshold
+    if not any(one.found for one in several):
+        return [f"None has a d90 within the d that were tried, the threshold of each being {threshold}"]
+    least, *_, most = sorted(several, key=lambda one: one.measured.crossing.d)
+    said = [
+        f"d90 is least for {least.label}, {told(least.measured)}, and largest for {most.label}, "
+        f"{told(most.measured)}; the threshold of each is {threshold}"
+    ]
+    if least.measured.crossing.high < most.measured.crossing.low:
+        said.append("The intervals of the two are apart")
+    else:
+        said.append("The intervals of the two meet, so these runs do not say which is larger")
+    return said + _cautions(several)
+
+
+def _cautions(several: Sequence[Measurement]) -> list[str]:
+    """What makes the figures less sure."""
+    said = []
+    otherwise = [name for name, values in _entries(several).items() if name not in SUBJECT and len(set(values)) > 1]
+    if otherwise:
+        names = ", ".join(name.replace("_", " ") for name in otherwise)
+        said.append(f"They were not trained alike ({names}): d90 depends on that too, whatever else differs")
+    few = [one.label for one in several if one.measured.plan.seeds < 3]
+    if few:
+        said.append(f"Fewer than 3 seeds are too few for an interval to be trusted: {', '.join(few)}")
+    diverged = [f"{one.label} {one.measured.diverged}" for one in several if one.measured.diverged]
+    if diverged:
+        said.append(f"Runs in subspaces that diverged count with the score they ended with: {', '.join(diverged)}")
+    return said
+
+
+def comparison_table(several: Sequence[Measurement]) -> Table:
+    """A row of text for every measurement."""
+    head = ("", "of", "D", "d90", "baseline", "threshold", "chance", "gap", "√(d90/n)")
+    return Table("", head, [_row(one) for one in several])
+
+
+def _row(one: Measurement) -> Sequence[str]:
+    measured = one.measured
+    scores = (f"{score:.4f}" for score in (one.baseline, measured.crossing.threshold, measured.chance))
+    gap = ABSENT if measured.gap is None else f"{measured.gap:+.4f}".replace("-", "−")
+    bound = ABSENT if one.bound is None else f"{one.bound:.4f}"
+    return one.label, one.about.title, f"{measured.D:,}", told(measured), *scores, gap, bound
+
+
+def comparison_results(several: Sequence[Measurement]) -> dict[str, Any]:
+    """Everything as plain values, for JSON."""
+    return {"sentences": comparison_sentences(several), "measurements": [one.to_dict() for one in several]}
+
+
+def write_comparison(several: Sequence[Measurement], out: Path) -> Path:
+    """Write results.json and report.html of measurements side by side into a folder; returns the page."""
+    caption = (
+        "A dot is d90, a line its 95 % bootstrap interval; where that is open, it ends with the d that were tried. An "
+        "arrow: there is no d90 within the d that were tried."
+    )
+    rows = [(dimension_by_row(several, "rows"), caption)] if any(one.found for one in several) else []
+    write_whole(out / RESULTS, as_json(comparison_results(several)))
+    title = f"Intrinsic dimension of {len(several)} measurements"
+    lead = "How many directions training needs, side by side under one threshold."
+    return _write_page(several, title, lead, comparison_sentences(several), rows, out)
+
+
+def write_series(series: Sequence[Measurement], title: str, axis: str, out: Path) -> Path:
+    """Write a series' results.json and report.html into a folder; returns the page. axis: what its places are."""
+    said = series_sentences(series, title)
+    results = {"title": title, "sentences": said, "series": [one.to_dict() for one in series]}
+    write_whole(out / RESULTS, as_json(results))
+    caption = "Lines are 95 % bootstrap intervals. A checkpoint without a point has no d90 within the d tried."
+    lead = f"One downstream task, learned from each of {len(series)} checkpoints of one pretraining."
+    figures = []
+    if any(one.found for one in series):
+        figures = [(dimension_against(series, lambda one: one.at, axis, "series", joined=True), caption)]
+    return _write_page(series, f"Intrinsic dimension along {title}", lead, said, figures, out)
+
+
+def _write_page(
+    several: Sequence[Measurement], title: str, lead: str, said: list[str], figures: list[tuple[str, str]], out: Path
+) -> Path:
+    import markupsafe
+
+    entries = _entries(several)
+    shared = [(name, values[0]) for name, values in entries.items() if len(set(values)) == 1]
+    differing = [(name, *values) for name, values in entries.items() if len(set(values)) > 1]
+    context = {
+        "title": title,
+        "lead": lead,
+        "sentences": said,
+        "figures": [(markupsafe.Markup(image), caption) for image, caption in [*figures, *_relations(several)]],
+        "heading": "Every measurement",
+        "table": comparison_table(several),
+        "differing": Table("", ("", *(one.label for one in several)), differing) if differing else None,
+        "protocol": shared,
+    }
+    return write_whole(out / "report.html", filled("dimension.html", context, visible=wording.visible))
+
+
+def _relations(several: Sequence[Measurement]) -> list[tuple[str, str]]:
+    """d90 against what else is known of each: figures with captions, where there are two values or more."""
+    found = [one for one in several if one.found]
+    metrics = list(dict.fromkeys(one.about.metric for one in found))
+    made = []
+    if len({one.measured.D for one in found}) > 1:
+        image = dimension_against(
+            several, lambda one: one.measured.D, "all parameters, D", "parameters", logarithmic=True
+        )
+        made.append((image, "d90 against the number of parameters. Both scales are logarithmic."))
+    if len(found) > 1 and len(metrics) == 1:
+        image = dimension_against(several, lambda one: one.baseline, f"{metrics[0]} of the baseline", "baseline")
+        made.append((image, "d90 against what training all parameters reaches."))
+    gaps = [(one.label, one.bound, one.measured.gap) for one in found]
+    known = [(label, bound, gap) for label, bound, gap in gaps if bound is not None and gap is not None]
+    if known and len(metrics) == 1:
+        made.append((gap_against_bound(known, metrics[0], "gap"), GAP_CAPTION))
+    return made
+
+
+def _entries(several: Sequence[Measurement]) -> dict[str, list[str]]:
+    """How each was measured, as text by the name of the entry; ABSENT where one has no such entry."""
+    each = [_told(one) for one in several]
+    return {name: [own.get(name, ABSENT) for own in each] for name in dict.fromkeys(n for own in each for n in own)}
+
+
+def _told(one: Measurement) -> Mapping[str, str]:
+    plan, about = one.measured.plan, one.about
+    own = {
+        "metric": about.metric,
+        "scored on": about.split,
+        "training examples": about.n,
+        "seeds": plan.seeds,
+        **about.protocol,
+        "multiples of lr tried": plan.rates,
+    }
+    return {name: wording.plain(value) for name, value in own.items()}

@@ -1,0 +1,184 @@
+"""Measurements of an intrinsic dimension as results.json tells them: written by a command, read to be compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from trimtab.errors import UsageError
+from trimtab.files import read_json
+from trimtab.subspace.search import Measured
+
+RESULTS = "results.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """What a measurement was of. title: the problem, for people. metric: of its score. split: what was scored.
+
+    n: training examples. protocol: how each run was trained, projection and mode included. features: Σ (in + out) of
+    the weights that a LoRA would be put on, and how many they are; None where there is no such question.
+    """
+
+    title: str
+    metric: str
+    split: str
+    n: int
+    protocol: Mapping[str, Any]
+    features: tuple[int, int] | None = None
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Told:
+        """From its own fields as plain values; what else is in them is left.
+
+        Raises KeyError, TypeError, ValueError or AttributeError for anything else.
+        """
+        features = None if plain["features"] is None else (int(plain["features"][0]), int(plain["features"][1]))
+        title, metric, split = (str(plain[name]) for name in ("title", "metric", "split"))
+        return cls(title, metric, split, int(plain["n"]), dict(plain["protocol"].items()), features)
+
+
+class Measurement(NamedTuple):
+    """One of several measurements. label: its name among them. at: its step of pretraining, or its place."""
+
+    label: str
+    at: int
+    measured: Measured
+    about: Told
+
+    @property
+    def found(self) -> bool:
+        """Whether d90 lies within the d that were tried."""
+        return 0 < self.measured.crossing.d < math.inf
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """The interval of d90 within the d that were tried."""
+        low, high = (
+            min(max(end, min(self.measured.scores)), max(self.measured.scores))
+            for end in (self.measured.crossing.low, self.measured.crossing.high)
+        )
+        return low, high
+
+    @property
+    def baseline(self) -> float:
+        """The mean score of training all parameters."""
+        return sum(self.measured.baseline) / len(self.measured.baseline)
+
+    @property
+    def bound(self) -> float | None:
+        """√(d90/n) for n training examples; None without a d90."""
+        return math.sqrt(self.measured.crossing.d / self.about.n) if self.found else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        return {"label": self.label, "at": self.at, **result(self.measured, self.about)}
+
+
+def read_measurements(folders: Sequence[str]) -> list[Measurement]:
+    """What the folders of earlier measurements hold, each called by its folder's name, or by its path where two share
+    one.
+
+    Raises UsageError for fewer than two, for a folder given twice, for one without the results of a single measurement,
+    and for thresholds that differ.
+    """
+    paths = [Path(folder).expanduser() for folder in folders]
+    if len(paths) < 2:
+        raise UsageError("a comparison needs the folders of two measurements, or more")
+    whole = [path.resolve() for path in paths]
+    twice = [str(path) for path, own in zip(paths, whole, strict=True) if whole.count(own) > 1]
+    if twice:
+        raise UsageError(f"{twice[-1]} is given twice: name each folder once")
+    names = [own.name for own in whole]
+    labels = [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
+    several = [
+        Measurement(label, place, *_read(path)) for place, (label, path) in enumerate(zip(labels, paths, strict=True))
+    ]
+    if len({one.measured.plan.threshold for one in several}) > 1:
+        told = ", ".join(f"{one.label} has {one.measured.plan.threshold}" for one in several)
+        raise UsageError(f"d90 compare only under one threshold, but {told}")
+    return several
+
+
+def _read(folder: Path) -> tuple[Measured, Told]:
+    path = folder / RESULTS
+    if not path.is_file():
+        raise UsageError(f"{folder} holds no {RESULTS}: name the --out of measurements that came to their end")
+    plain = read_json(path)
+    if "scores" in plain and not {"train_scores", "n"} <= plain.keys():
+        raise UsageError(
+            f"{path} is an older one, without the scores of training: measure again with the same flags and --out, "
+            "where runs that are kept are not trained again"
+        )
+    try:
+        return Measured.from_dict(plain), Told.from_dict(plain)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UsageError(
+            f"{path} is of no single measurement of trimtab measure dimension; of several, name the folder of each"
+        ) from error
+
+
+def told(measured: Measured) -> str:
+    """d90 with its interval, in words."""
+    found = measured.crossing
+    if found.d == math.inf:
+        return f"above {max(measured.scores):,}, the largest d tried"
+    if found.d == 0:
+        return f"at most {min(measured.scores):,}, the smallest d tried"
+    low = f"{found.low:,.0f}" if found.low > 0 else f"below {min(measured.scores):,}"
+    high = f"{found.high:,.0f}" if found.high < math.inf else f"above {max(measured.scores):,}"
+    return f"{found.d:,.0f} [{low}, {high}]"
+
+
+def sentences(measured: Measured, about: Told) -> list[str]:
+    """What was found and what it is good for."""
+    found, plan = measured.crossing, measured.plan
+    baseline = sum(measured.baseline) / len(measured.baseline)
+    said = [
+        f"d90 of {about.title} is {told(measured)} of D = {measured.D:,} parameters, with {plan.seeds} seeds and a "
+        f"95 % bootstrap interval: where {about.metric} on {about.split} reaches {found.threshold:.4g}, "
+        f"{plan.threshold}, with the baseline at {baseline:.4g} and chance at {measured.chance:.4g}"
+    ]
+    if found.first is not None:
+        said.append(
+            f"By the first-crossing rule, the smallest d tried whose mean is above the threshold: {found.first:,}"
+        )
+    if plan.seeds < 3:
+        said.append(f"{plan.seeds} seeds are too few for an interval to be trusted: take 3 or more")
+    if measured.diverged:
+        said.append(f"{measured.diverged} of the runs in subspaces diverged and count with the score they ended with")
+    if 0 < found.d < math.inf:
+        said += _budget(found.d, about.features)
+    return said
+
+
+def _budget(d: float, features: tuple[int, int] | None) -> list[str]:
+    if features is None:
+        return []
+    total, weights = features
+    rank = max(1, math.ceil(d / total))
+    return [
+        f"Budget for LoRA: rank r trains r · {total:,} numbers on {weights} weights, so rank {rank} has "
+        f"{rank * total:,} of them, {rank * total / d:,.1f} times d90. r is the rank of each matrix and d90 counts "
+        "directions of the whole model: they are no conversion of one another, but a task whose d90 is small is one "
+        "for a small rank, or for few layers"
+    ]
+
+
+def result(measured: Measured, about: Told) -> dict[str, Any]:
+    """Everything as plain values, for JSON. gap: the generalisation gap at the first d above the threshold."""
+    return {
+        **dataclasses.asdict(about),
+        **measured.to_dict(),
+        "gap": measured.gap,
+        "sentences": sentences(measured, about),
+    }
+
+
+def as_json(results: Mapping[str, Any]) -> str:
+    """The text of a results.json."""
+    return json.dumps(results, indent=1, ensure_ascii=False) + "\n"

@@ -1,0 +1,236 @@
+"""The pages about intrinsic dimension: of one measurement, of several side by side, along a pretraining."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trimtab.errors import UsageError
+from trimtab.report.dimension_comparison import (
+    comparison_results,
+    comparison_sentences,
+    comparison_table,
+    write_comparison,
+    write_series,
+)
+from trimtab.report.dimension_page import render, write_dimension
+from trimtab.report.dimension_results import Measurement, Told, read_measurements, result
+from trimtab.subspace.crossing import Threshold, crossing
+from trimtab.subspace.search import Measured, Plan
+
+PROTOCOL = {"task": "made up", "projection": "uni", "weights": "0f0f", "epochs": 3, "betas": (0.9, 0.99), "lr": 1e-3}
+
+
+def measured(d90: float = 200.0, *, D: int = 10_000, baseline: float = 0.9, gap: float = 0.05, **plan: Any) -> Measured:
+    """A search on a curve that meets 0.9 of the baseline at d90, scored lower than training by `gap`."""
+    ds = (50, 100, 150, 250, 500, 1000)
+    curve = {d: baseline / (1 + math.exp(-2 * math.log(d / d90) - math.log(9))) for d in ds}
+    scores = {d: tuple(value + 0.004 * shift for shift in (-1, 0, 1)) for d, value in curve.items()}
+    train_scores = {d: tuple(score + gap for score in own) for d, own in scores.items()}
+    whole, settled = (baseline - 0.002, baseline, baseline + 0.002), Plan(**plan)
+    rates = {d: 1e-3 * math.sqrt(D / d) for d in (*ds, D)}
+    return Measured(D, crossing(scores, whole, settled.threshold), scores, train_scores, whole, rates, 0, 0.1, settled)
+
+
+def about(title: str = "made up", *, n: int = 1000, metric: str = "accuracy", **protocol: Any) -> Told:
+    return Told(title, metric, "400 test rows", n, {**PROTOCOL, **protocol})
+
+
+def named(*labels: str, **changes: Any) -> list[Measurement]:
+    """Measurements by these labels, whose d90 and baseline rise from one to the next."""
+    return [
+        Measurement(label, 100 * place, measured(120.0 + 60 * place, baseline=0.8 + 0.03 * place), about(**changes))
+        for place, label in enumerate(labels)
+    ]
+
+
+def kept(folder: Path, measured: Measured, told: Told) -> str:
+    write_dimension(measured, told, folder)
+    return str(folder)
+
+
+def drawings(page: str) -> list[str]:
+    return [ElementTree.fromstring(own).attrib["aria-label"] for own in re.findall(r"<svg.*?</svg>", page, re.DOTALL)]
+
+
+def test_what_was_kept_is_read_again(tmp_path: Path) -> None:
+    own = [measured(), measured(5000.0, D=20_000, grid=(50, 100))]
+    told = [dataclasses.replace(about("first"), features=(640, 4)), about("second", n=77)]
+    folders = [kept(tmp_path / name, *pair) for name, *pair in zip("ab", own, told, strict=True)]
+    several = read_measurements(folders)
+    assert [one.label for one in several] == ["a", "b"]
+    assert [one.measured for one in several] == own
+    assert [one.about.n for one in several] == [1000, 77]
+    assert several[0].about.features == (640, 4)
+    assert comparison_table(several) == comparison_table(
+        [Measurement(label, 0, *pair) for label, *pair in zip("ab", own, told, strict=True)]
+    )
+    assert json.loads((tmp_path / "a" / "results.json").read_text())["gap"] == pytest.approx(0.05)
+
+
+def test_folders_of_one_name_are_called_by_their_paths(tmp_path: Path) -> None:
+    folders = [kept(tmp_path / name, measured(), about()) for name in ("x/run", "y/run", "z/other")]
+    assert [one.label for one in read_measurements(folders)] == [*folders[:2], "other"]
+
+
+def test_thresholds_that_differ_are_refused(tmp_path: Path) -> None:
+    first = kept(tmp_path / "a", measured(), about())
+    for other in (Threshold("global", 0.9), Threshold("local", 0.8)):
+        second = kept(tmp_path / "b", measured(threshold=other), about())
+        with pytest.raises(
+            UsageError, match=r"only under one threshold, but a has 0\.9 of the baseline \(local\), b has"
+        ):
+            read_measurements([first, second])
+
+
+def change(path: Path, **changes: Any) -> None:
+    plain = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in plain.items() if value is not None}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"train_scores": None}, "is an older one, without the scores of training: measure again with the same flags"),
+        ({"n": None}, "is an older one"),
+        ({"scores": None}, "is of no single measurement"),
+        ({"crossing": {}}, "is of no single measurement"),
+        ({"scores": [1, 2]}, "is of no single measurement"),
+        ({"protocol": "none"}, "is of no single measurement"),
+    ],
+    ids=str,
+)
+def test_files_that_are_no_single_measurement_are_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    folders = [kept(tmp_path / name, measured(), about()) for name in "ab"]
+    change(tmp_path / "b" / "results.json", **changes)
+    with pytest.raises(UsageError, match=said):
+        read_measurements(folders)
+
+
+def test_what_is_no_comparison_is_refused(tmp_path: Path) -> None:
+    first, second = (kept(tmp_path / name, measured(), about()) for name in "ab")
+    with pytest.raises(UsageError, match="two measurements, or more"):
+        read_measurements([first])
+    with pytest.raises(UsageError, match="a is given twice"):
+        read_measurements([first, second, f"{tmp_path}/b/../a"])
+    (tmp_path / "empty").mkdir()
+    for folder in ("empty", "nowhere"):
+        with pytest.raises(UsageError, match=rf"{folder} holds no results\.json"):
+            read_measurements([first, str(tmp_path / folder)])
+    write_comparison(read_measurements([first, second]), tmp_path / "both")
+    with pytest.raises(UsageError, match="of several, name the folder of each"):
+        read_measurements([first, str(tmp_path / "both")])
+
+
+def test_the_gap_and_its_bound_stand_in_the_table() -> None:
+    own = measured(200.0, gap=0.05)
+    one = Measurement("a", 0, own, about(n=1000))
+    none = Measurement("b", 1, measured(1e6, gap=0.05), about(n=1000))
+    head = comparison_table([one, none]).head
+    first, second = (dict(zip(head, row, strict=True)) for row in comparison_table([one, none]).rows)
+    assert own.crossing.first == 250
+    assert first["gap"] == "+0.0500"
+    assert float(first["√(d90/n)"]) == pytest.approx(math.sqrt(200 / 1000), rel=0.02)
+    assert (second["gap"], second["√(d90/n)"]) == ("–", "–")
+    assert second["d90"] == "above 1,000, the largest d tried"
+    below = Measurement("c", 2, measured(200.0, gap=-0.03), about())
+    assert comparison_table([below, one]).rows[0][head.index("gap")] == "−0.0300"
+
+
+def test_a_page_of_several_says_all_of_them_and_needs_nothing_else(tmp_path: Path) -> None:
+    labels = ["plain", "a <b>", "three", "four", "five", "a name of more than thirty-two letters, all told"]
+    several = named(*labels)
+    several[1] = several[1]._replace(measured=measured(180.0, D=40_000), about=about("another", epochs=5, model="m"))
+    several[2] = several[2]._replace(measured=measured(1e6))
+    page = write_comparison(several, tmp_path / "one").read_text()
+    for label in labels:
+        assert label.replace("<", "&lt;").replace(">", "&gt;") in page
+    assert "a <b>" not in page
+    assert "<script" not in page
+    assert set(re.findall(r"url\((.)", page)) <= {"#"}
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert write_comparison(several, tmp_path / "two").read_text() == page
+    rows, parameters, baseline, gap = drawings(page)
+    assert all(label in rows for label in labels)
+    assert "three above 1,000, the largest d tried" in rows
+    assert "all parameters, D: " in parameters
+    assert re.search(r"; a <b> 18\d at 40,000", parameters)
+    assert "without one: three" in baseline
+    assert "plain +0.0500 beside" in gap
+    told = json.loads((tmp_path / "one" / "results.json").read_text())
+    assert [one["label"] for one in told["measurements"]] == labels
+    assert told == json.loads(json.dumps(comparison_results(several)))
+
+
+def section(page: str, name: str) -> str:
+    found = re.search(rf'<section id="{name}">.*?</section>', page, re.DOTALL)
+    return found[0] if found else ""
+
+
+def test_what_differs_stands_apart_from_what_is_shared(tmp_path: Path) -> None:
+    first, second = named("a", "b")
+    alike = write_comparison([first, second], tmp_path).read_text()
+    assert not section(alike, "differing")
+    assert "0.9, 0.99" in section(alike, "protocol")
+    assert "not trained alike" not in alike
+    other = second._replace(about=about(projection="dense", epochs=5))
+    page = write_comparison([first, other], tmp_path).read_text()
+    assert all(word in section(page, "differing") for word in ("projection", "dense", "epochs"))
+    assert "betas" not in section(page, "differing")
+    assert "betas" in section(page, "protocol")
+    assert "epochs" not in section(page, "protocol")
+    assert "They were not trained alike (epochs): d90 depends on that too" in page
+
+
+def test_the_sentences_judge_by_the_intervals() -> None:
+    low, high = (Measurement(str(d), 0, measured(d), about()) for d in (120.0, 480.0))
+    least, apart = comparison_sentences([high, low])
+    assert least.startswith("d90 is least for 120.0, ")
+    assert "and largest for 480.0, " in least
+    assert apart == "The intervals of the two are apart"
+    assert "do not say which is larger" in comparison_sentences([low, low._replace(label="same")])[1]
+    few = low._replace(label="few", measured=measured(seeds=2))
+    assert comparison_sentences([low, few])[-1].endswith("too few for an interval to be trusted: few")
+
+
+def test_where_nothing_has_a_dimension_no_figure_is_drawn(tmp_path: Path) -> None:
+    several = [Measurement(label, place, measured(1e6), about()) for place, label in enumerate("ab")]
+    page = write_comparison(several, tmp_path).read_text()
+    assert not drawings(page)
+    assert "None has a d90 within the d that were tried" in page
+    assert not drawings(write_series(several, "made up", "checkpoint", tmp_path).read_text())
+
+
+def test_scores_of_different_kinds_share_no_axis(tmp_path: Path) -> None:
+    first, second = named("a", "b")
+    page = write_comparison([first, second._replace(about=about(metric="F1"))], tmp_path).read_text()
+    assert len(drawings(page)) == 1
+
+
+def test_a_series_has_its_figures_over_its_steps(tmp_path: Path) -> None:
+    series = named("step-0", "step-100", "step-200")
+    page = write_series(series, "made up, DID", "step of pretraining", tmp_path).read_text()
+    along, baseline, gap = drawings(page)
+    assert re.search(r"against step of pretraining: step-0 \d+ at 0; step-100 \d+ at 100; ", along)
+    assert "accuracy of the baseline" in baseline
+    assert "step-200 +0.0500" in gap
+    assert "It rises along the series" in page
+    told = json.loads((tmp_path / "results.json").read_text())
+    assert [one["at"] for one in told["series"]] == [0, 100, 200]
+    assert told["series"][1] == json.loads(json.dumps(series[1].to_dict()))
+
+
+def test_the_page_of_one_is_the_same_byte_for_byte() -> None:
+    page = render(measured(), about())
+    assert page == render(measured(), about())
+    assert len(drawings(page)) == 1
+    assert not section(page, "differing")
+    assert set(result(measured(), about())) >= {"n", "train_scores", "gap"}
