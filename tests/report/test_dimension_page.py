@@ -104,6 +104,9 @@ def change(path: Path, **changes: Any) -> None:
         ({"crossing": {}}, "is of no single measurement"),
         ({"scores": [1, 2]}, "is of no single measurement"),
         ({"protocol": "none"}, "is of no single measurement"),
+        ({"baseline": []}, "is of no single measurement"),
+        ({"n": 0}, "is of no single measurement"),
+        ({"D": math.inf}, "is of no single measurement"),
     ],
     ids=str,
 )
@@ -213,6 +216,13 @@ def test_scores_of_different_kinds_share_no_axis(tmp_path: Path) -> None:
     first, second = named("a", "b")
     page = write_comparison([first, second._replace(about=about(metric="F1"))], tmp_path).read_text()
     assert len(drawings(page)) == 1
+
+
+def test_a_figure_against_what_is_the_same_for_all_is_left_out(tmp_path: Path) -> None:
+    several = [Measurement(str(d), 0, measured(d), about()) for d in (120.0, 480.0)]
+    rows, gap = drawings(write_comparison(several, tmp_path).read_text())
+    assert "120.0" in rows
+    assert "Generalisation gap" in gap
 
 
 def test_a_series_has_its_figures_over_its_steps(tmp_path: Path) -> None:

@@ -128,9 +128,9 @@ def _write_page(
 ) -> Path:
     import markupsafe
 
-    entries = _entries(several)
-    shared = [(name, values[0]) for name, values in entries.items() if len(set(values)) == 1]
-    differing = [(name, *values) for name, values in entries.items() if len(set(values)) > 1]
+    rows = [(name.replace("_", " "), *values) for name, values in _entries(several).items()]
+    shared = [(name, values[0]) for name, *values in rows if len(set(values)) == 1]
+    differing = [row for row in rows if len(set(row[1:])) > 1]
     context = {
         "title": title,
         "lead": lead,
@@ -154,7 +154,7 @@ def _relations(several: Sequence[Measurement]) -> list[tuple[str, str]]:
             several, lambda one: one.measured.D, "all parameters, D", "parameters", logarithmic=True
         )
         made.append((image, "d90 against the number of parameters. Both scales are logarithmic."))
-    if len(found) > 1 and len(metrics) == 1:
+    if len({one.baseline for one in found}) > 1 and len(metrics) == 1:
         image = dimension_against(several, lambda one: one.baseline, f"{metrics[0]} of the baseline", "baseline")
         made.append((image, "d90 against what training all parameters reaches."))
     gaps = [(one.label, one.bound, one.measured.gap) for one in found]

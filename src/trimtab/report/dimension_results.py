@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from trimtab.errors import UsageError
 from trimtab.files import read_json
-from trimtab.subspace.search import Measured
+from trimtab.subspace.search import MALFORMED, Measured
 
 RESULTS = "results.json"
 
@@ -33,12 +33,11 @@ class Told:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Told:
-        """From its own fields as plain values; what else is in them is left.
-
-        Raises KeyError, TypeError, ValueError or AttributeError for anything else.
-        """
+        """From its fields as plain values; what else is in them is left. Raises one of MALFORMED where they are not."""
         features = None if plain["features"] is None else (int(plain["features"][0]), int(plain["features"][1]))
         title, metric, split = (str(plain[name]) for name in ("title", "metric", "split"))
+        if int(plain["n"]) < 1:
+            raise ValueError("there are no training examples")
         return cls(title, metric, split, int(plain["n"]), dict(plain["protocol"].items()), features)
 
 
@@ -116,7 +115,7 @@ def _read(folder: Path) -> tuple[Measured, Told]:
         )
     try:
         return Measured.from_dict(plain), Told.from_dict(plain)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except MALFORMED as error:
         raise UsageError(
             f"{path} is of no single measurement of trimtab measure dimension; of several, name the folder of each"
         ) from error

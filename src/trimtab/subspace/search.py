@@ -25,6 +25,8 @@ SWEEP_SEED = 10_000
 """The seed with which learning rates are compared: none that is measured with."""
 ENDS = ("d", "low", "high")
 """What of a crossing is infinite where it was not reached."""
+MALFORMED = (LookupError, ArithmeticError, TypeError, ValueError, AttributeError)
+"""What reading a measurement raises where a value is missing or of another kind."""
 
 
 class NoDimension(TrimtabError, ValueError):
@@ -101,17 +103,21 @@ class Measured:
     def from_dict(cls, plain: Mapping[str, Any]) -> Measured:
         """From what `to_dict` gave, through JSON or not; what else is in it is left.
 
-        Raises KeyError, TypeError, ValueError or AttributeError for anything else.
+        Raises one of MALFORMED where it is not that.
         """
-        ends = {name: math.inf if plain["crossing"][name] is None else float(plain["crossing"][name]) for name in ENDS}
-        fitted = tuple((int(d), float(value)) for d, value in plain["crossing"]["fitted"])
+        found = plain["crossing"]
+        ends = {name: math.inf if found[name] is None else float(found[name]) for name in ENDS}
+        fitted = tuple((int(d), float(value)) for d, value in found["fitted"])
+        first = None if found["first"] is None else int(found["first"])
         scores, train_scores = (_by_d(plain[name]) for name in ("scores", "train_scores"))
         if {d: len(own) for d, own in scores.items()} != {d: len(own) for d, own in train_scores.items()}:
             raise ValueError("scores and train_scores are not of the same runs")
+        if not scores or not plain["baseline"] or first not in (None, *scores):
+            raise ValueError("there are no runs, or none at the first d above the threshold")
         plan, several = dict(plain["plan"]), {name: tuple(plain["plan"][name]) for name in ("grid", "rates")}
         return cls(
             int(plain["D"]),
-            Crossing(**{**plain["crossing"], **ends, "fitted": fitted}),
+            Crossing(first=first, fitted=fitted, threshold=float(found["threshold"]), **ends),
             scores,
             train_scores,
             tuple(map(float, plain["baseline"])),
