@@ -265,6 +265,7 @@ def test_overlap_of_training_and_evaluation_is_told(trained, tables, tmp_path):
         (["--task", "mrpc"], "other rows than mrpc, which is of pairs of sentences"),
         (["--task", "sst2", "--limit", 1], "sst2.train.tsv.gz has no row of class 1 in its 1 rows"),
         (["--task", "sst2", "--eval-data", "nowhere.tsv"], "no such file: nowhere.tsv"),
+        (["--task", "sst2", "--data", "nowhere.tsv"], "--data names nowhere.tsv, and there is no such file or folder"),
     ],
     ids=str,
 )

@@ -67,6 +67,25 @@ def test_what_is_missing_is_said(setting: Setting, tmp_path: Path) -> None:
         SentenceTrainer(dataclasses.replace(setting, test=str(alone)))
 
 
+@pytest.mark.parametrize(
+    ("task", "data", "said"),
+    [
+        ("sst2", (), "nlu/sst2.train.tsv.gz in it: name it with --data-dir or in TRIMTAB_DATA"),
+        ("sst2", ("--data-dir", "/nowhere"), "--data-dir names /nowhere, and there is no such file or folder"),
+        ("sst2", ("--data-dir", "/"), "--data-dir names /, which has no nlu/sst2.train.tsv.gz"),
+        ("sst2", ("--data-dir", __file__), "sst2 is not to be scored on what it learns"),
+        ("nowhere.tsv", (), "a model learns sst2, mrpc or a file of sentences with labels"),
+        (__file__, (), "needs another one to be scored on: name it with --test-data"),
+    ],
+)
+def test_missing_data_is_told_by_the_flag_that_names_it(
+    setting: Setting, task: str, data: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.delenv("TRIMTAB_DATA", raising=False)
+    assert command(["measure", "dimension", "--model", setting.model, "--task", task, *data]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_the_command_measures_a_file_of_ones_own(setting: Setting, tmp_path: Path, capsys) -> None:
     flags = ["--model", setting.model, "--task", str(setting.data), "--test-data", str(setting.test)]
     grid = ["--grid", "2,5000", "--seeds", "2", "--workers", "1", "--lr", "1e-2", "--epochs", "4"]

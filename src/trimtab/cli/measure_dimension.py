@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -15,7 +14,6 @@ from trimtab.cli.measure import show_table, steps_of
 from trimtab.errors import UsageError
 from trimtab.options import option
 from trimtab.tasks.problems import PROBLEMS, make_problem
-from trimtab.tasks.task import VARIABLE
 
 if TYPE_CHECKING:
     from trimtab.report.dimension_results import Told
@@ -244,8 +242,6 @@ def _subject(flags: DimensionFlags) -> Subject:
     if flags.model is None:
         return of_problem(_maker(flags), functools.partial(_protocol, flags), projection, extra)
     own = Path(flags.task).expanduser().is_file()
-    if not own and flags.data_dir is None and not os.environ.get(VARIABLE):
-        raise UsageError(f"{flags.task} needs the folder with its files: name it with --data-dir or in {VARIABLE}")
     given: dict[str, Any] = {"epochs": flags.epochs, "batch_size": flags.batch_size}
     setting = Setting(
         flags.model,

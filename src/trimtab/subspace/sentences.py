@@ -7,6 +7,7 @@ seed; the model starts from its checkpoint, or from weights drawn at random as t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import random
@@ -95,16 +96,22 @@ def read_splits(setting: Setting) -> Splits:
     """The rows that a setting names. UsageError for files that are not there, and classes missing from a split."""
     task = Classification(setting.task)
     known = KNOWN.get(setting.task)
+    if known is None and setting.task != "classification":
+        tasks = ", ".join(KNOWN)
+        raise UsageError(f"a model learns {tasks} or a file of sentences with labels, and '{setting.task}' is neither")
     if known is None and (setting.data is None or setting.test is None):
-        raise UsageError("a file of your own needs another one to be scored on: give both")
-    rows = task.rows(task.path("train", setting.data))
-    test = task.rows(task.path("test", setting.data) if known else Path(str(setting.test)).expanduser())
+        raise UsageError("a file of your own needs another one to be scored on: name it with --test-data")
+    files = functools.partial(task.path, data=setting.data, flag="--data-dir")
+    if known and files("train") == files("test"):
+        raise UsageError(f"{setting.task} is not to be scored on what it learns: give the folder with its files")
+    rows = task.rows(files("train"))
+    test = task.rows(files("test") if known else Path(str(setting.test)).expanduser())
     classes = task.classes or tuple(sorted({row.label for row in rows}))
     missing = [label for label in classes if label not in {row.label for row in test}]
     if missing:
         raise UsageError(f"the split that is scored has no row of class {missing[0]}")
     if known and "dev" in known.splits:
-        validation = task.rows(task.path("dev", setting.data))
+        validation = task.rows(files("dev"))
     else:
         rows, validation = hold_out(rows, HELD_OUT, 0)
     few = setting.test_rows

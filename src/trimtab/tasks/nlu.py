@@ -68,12 +68,12 @@ class Classification(Task):
             raise UsageError(f"{self.name} has no split '{split}'; there is: {', '.join(splits)}")
         return f"nlu/{self.name}.{split}.tsv.gz"
 
-    def path(self, split: str = "test", data: str | Path | None = None) -> Path:
+    def path(self, split: str = "test", data: str | Path | None = None, *, flag: str = "--data") -> Path:
         """The file of a split; data may also be a file itself, which is then taken for the split."""
         named = Path(data or os.environ.get(VARIABLE) or "").expanduser()
         if data and not named.exists():
-            raise UsageError(f"--data names {named}, and there is no such file or folder")
-        return named if named.is_file() else super().path(split, data)
+            raise UsageError(f"{flag} names {named}, and there is no such file or folder")
+        return named if named.is_file() else super().path(split, data, flag=flag)
 
     def read(self, path: Path) -> tuple[Sentences, ...]:
         """Every class must have a row."""

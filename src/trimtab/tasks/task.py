@@ -54,12 +54,12 @@ class Task(ABC):
         """
         return self.read(self.path(split, data))
 
-    def path(self, split: str = "test", data: str | Path | None = None) -> Path:
-        """The file of a split; see `items`."""
+    def path(self, split: str = "test", data: str | Path | None = None, *, flag: str = "--data") -> Path:
+        """The file of a split; see `items`. flag: by which the user gave data, for errors."""
         file, named = self.file(split), data or os.environ.get(VARIABLE)
         if not named:
-            raise UsageError(f"{self.name} needs a folder with {file} in it: name it with --data or in {VARIABLE}")
-        by = "--data" if data else VARIABLE
+            raise UsageError(f"{self.name} needs a folder with {file} in it: name it with {flag} or in {VARIABLE}")
+        by = flag if data else VARIABLE
         folder = Path(named).expanduser()
         if not folder.is_dir():
             raise UsageError(f"{by} names {folder}, which is no folder; {file} is looked for in it")
