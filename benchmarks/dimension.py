@@ -4,7 +4,8 @@ usage: python benchmarks/dimension.py --data DIR [--only NAME ...] [--workers 2]
     [--out benchmarks/results/dimension]
 
 --data: the folder that holds MNIST's four IDX files. Each measurement is a search of `trimtab measure dimension` in a
-folder of its own, and one that was stopped goes on where it was. The protocol is that of Li et al. 2018 (arXiv
+folder of its own, and one that was stopped goes on where it was; results.json stands in its folders global and local,
+which `trimtab measure dimension --compare` takes. The protocol is that of Li et al. 2018 (arXiv
 1804.08838): 100 epochs of Adam at 1e-3, batches of 128, the same learning rate at every d. Prints a line for each
 measurement: d90 by the global and by the local threshold, and the first crossing of each.
 """
@@ -81,9 +82,11 @@ def one(name: str, asked: argparse.Namespace) -> None:
             found[mode] = measure(
                 runs, problem.D, plan, scored=problem.scored, chance=problem.chance, examples=len(split)
             )
-    label = Told(problem.name, problem.metric, split.name, len(problem.train), about)
-    results = {mode: result(measured, label) for mode, measured in found.items()}
-    write_whole(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    told_of = {**about, "lr": protocol.lr, "lr in a subspace": "lr"}
+    label = Told(f"{problem.name} ({name})", problem.metric, split.name, len(problem.train), told_of)
+    for mode, measured in found.items():
+        text = json.dumps(result(measured, label), indent=1, ensure_ascii=False)
+        write_whole(folder / mode / "results.json", f"{text}\n")
     lines = [f"{mode} {told(measured)}, first crossing {measured.crossing.first}" for mode, measured in found.items()]
     print(f"{name}: {'; '.join(lines)}", flush=True)
 
