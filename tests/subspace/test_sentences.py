@@ -59,6 +59,15 @@ def test_random_weights_are_another_start(setting: Setting) -> None:
     assert "with random weights" in of_sentences(own).title
 
 
+def test_a_checkpoint_in_half_precision_is_trained_in_fp32(setting: Setting, tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    folder = make_folder(tmp_path / "half")
+    AutoModel.from_pretrained(folder).half().save_pretrained(folder)
+    outcome = SentenceTrainer(dataclasses.replace(setting, model=str(folder)))(Run(None, 0, 1e-2))
+    assert outcome.test > 0.95, "fp16 diverges at the first step"
+
+
 def test_what_is_missing_is_said(setting: Setting, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="needs another one to be scored on"):
         SentenceTrainer(dataclasses.replace(setting, test=None))

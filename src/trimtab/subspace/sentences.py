@@ -143,7 +143,10 @@ class SentenceTrainer:
             log.setLevel(before)
 
     def _loaded(self, seed: int) -> Classifier:
-        return load_classifier(self.setting.model, self.splits.classes, seed, pretrained=self.setting.pretrained)
+        # Whatever the checkpoint stores: in fp16 the first step of Adam is no number, as its epsilon is zero there.
+        return load_classifier(
+            self.setting.model, self.splits.classes, seed, pretrained=self.setting.pretrained, dtype="float32"
+        )
 
     def __call__(self, run: Run) -> Outcome:
         loaded = self.load(run.seed)
