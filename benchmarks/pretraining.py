@@ -27,7 +27,7 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from trimtab.cli import main as trimtab
+from trimtab.cli import run
 from trimtab.tasks import naming
 
 STEPS = (0, 50, 150, 500, 1500, 3000)
@@ -52,7 +52,7 @@ def main() -> None:
         pretrain(checkpoints, seen)
     files = ["--task", str(asked.out / "train.tsv"), "--test-data", str(asked.out / "test.tsv")]
     series = ["--checkpoints", str(checkpoints), *files, "--out", str(asked.out / "dimension")]
-    trimtab(["measure", "dimension", *series, *MEASURED, *passed_on])
+    run(["measure", "dimension", *series, *MEASURED, *passed_on])
 
 
 def functions_of_packages(out: Path) -> list[Path]:

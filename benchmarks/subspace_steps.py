@@ -4,8 +4,8 @@ usage: python benchmarks/subspace_steps.py [--threads 1] [--rounds 15] [--steps 
     [--out benchmarks/results/subspace_steps.jsonl]
 
 The net 784-200-200-10 (D = 199,210) on noise, batches of 128, Adam; the sides take turns, --steps steps of each in
-every round, the first of which is not counted. `state_bytes` counts what is trained, its gradient and Adam's two averages;
-what P itself keeps is in the lines of hadamard.py. Appends one JSON line.
+every round, the first of which is not counted. `state_bytes` counts what is trained, its gradient and Adam's two
+averages; what P itself keeps is in the lines of hadamard.py. Appends one JSON line.
 """
 
 from __future__ import annotations
