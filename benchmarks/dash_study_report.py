@@ -34,14 +34,23 @@ Answers = list[NDArray[np.float64]]
 
 
 def answers_of(runs: Sequence[dict[str, Any]], arm: str) -> Answers:
-    """The answers of an arm's tested runs, seeds in order; the bare model's one run serves every seed.
+    """The answers of an arm's runs at its rate, seeds in order; the bare model's one run serves every seed.
 
     Of the seeds that every arm was tested with.
     """
-    tested = [{r["seed"] for r in runs if r["arm"] == arm and "answers" in r} for arm in ARMS]
-    seeds = set.intersection(*tested) if arm != BARE else {None}
-    own = sorted((r for r in runs if r["arm"] == arm and r.get("seed") in seeds), key=lambda r: r.get("seed", 0))
+    if arm == BARE:
+        own = [run for run in runs if run["arm"] == BARE]
+    else:
+        tested = {each: at_its_rate(runs, each) for each in ARMS}
+        seeds = set.intersection(*({run["seed"] for run in those} for those in tested.values()))
+        own = sorted((run for run in tested[arm] if run["seed"] in seeds), key=lambda run: run["seed"])
     return [np.array([run["answers"][task] for run in own], dtype=float) for task in TASKS]
+
+
+def at_its_rate(runs: Sequence[dict[str, Any]], arm: str) -> list[dict[str, Any]]:
+    """An arm's tested runs at the rate that was chosen for it."""
+    rate = chosen_rate(runs, arm)
+    return [run for run in runs if run["arm"] == arm and run["lr"] == rate and "answers" in run]
 
 
 def draws_of(arms: Sequence[Answers]) -> NDArray[np.float64]:
