@@ -26,7 +26,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 TASKS = ("arc_easy", "arc_challenge", "openbookqa", "boolq")
-RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 BARE = "no adapter"
 TUNING_SEED = 100  # no other run has it
 HELD_OUT_SEED = 1000
