@@ -7,6 +7,7 @@ import json
 import math
 import re
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from trimtab.report.dimension_comparison import (
     comparison_results,
     comparison_sentences,
     comparison_table,
+    series_sentences,
     write_comparison,
     write_series,
 )
@@ -28,9 +30,19 @@ from trimtab.subspace.search import Measured, Plan
 PROTOCOL = {"task": "made up", "projection": "uni", "weights": "0f0f", "epochs": 3, "betas": (0.9, 0.99), "lr": 1e-3}
 
 
-def measured(d90: float = 200.0, *, D: int = 10_000, baseline: float = 0.9, gap: float = 0.05, **plan: Any) -> Measured:
+TRIED = (50, 100, 150, 250, 500, 1000)
+
+
+def measured(
+    d90: float = 200.0,
+    *,
+    D: int = 10_000,
+    baseline: float = 0.9,
+    gap: float = 0.05,
+    ds: Sequence[int] = TRIED,
+    **plan: Any,
+) -> Measured:
     """A search on a curve that meets 0.9 of the baseline at d90, scored lower than training by `gap`."""
-    ds = (50, 100, 150, 250, 500, 1000)
     curve = {d: baseline / (1 + math.exp(-2 * math.log(d / d90) - math.log(9))) for d in ds}
     scores = {d: tuple(value + 0.004 * shift for shift in (-1, 0, 1)) for d, value in curve.items()}
     train_scores = {d: tuple(score + gap for score in own) for d, own in scores.items()}
@@ -139,12 +151,12 @@ def test_the_gap_and_its_bound_stand_in_the_table() -> None:
     head = comparison_table([one, none]).head
     first, second = (dict(zip(head, row, strict=True)) for row in comparison_table([one, none]).rows)
     assert own.crossing.first == 250
-    assert first["gap"] == "+0.0500"
-    assert float(first["√(d90/n)"]) == pytest.approx(math.sqrt(200 / 1000), rel=0.02)
-    assert (second["gap"], second["√(d90/n)"]) == ("–", "–")
+    at_first = ("first d", "gap at first d", "√(first d/n)")
+    assert [first[name] for name in at_first] == ["250", "+0.0500", "0.5000"]
+    assert [second[name] for name in at_first] == ["–", "–", "–"]
     assert second["d90"] == "above 1,000, the largest d tried"
     below = Measurement("c", 2, measured(200.0, gap=-0.03), about())
-    assert comparison_table([below, one]).rows[0][head.index("gap")] == "−0.0300"
+    assert comparison_table([below, one]).rows[0][head.index("gap at first d")] == "−0.0300"
 
 
 def test_a_page_of_several_says_all_of_them_and_needs_nothing_else(tmp_path: Path) -> None:
@@ -167,7 +179,9 @@ def test_a_page_of_several_says_all_of_them_and_needs_nothing_else(tmp_path: Pat
     assert "all parameters, D: " in parameters
     assert re.search(r"; a <b> 18\d at 40,000", parameters)
     assert "without one: three" in baseline
-    assert "plain +0.0500 beside" in gap
+    assert several[0].measured.crossing.first == 150
+    assert f"plain +0.0500 beside {math.sqrt(150 / 1000):.4f}" in gap
+    assert "three" not in gap
     told = json.loads((tmp_path / "one" / "results.json").read_text())
     assert [one["label"] for one in told["measurements"]] == labels
     assert told == json.loads(json.dumps(comparison_results(several)))
@@ -202,6 +216,47 @@ def test_the_sentences_judge_by_the_intervals() -> None:
     assert "do not say which is larger" in comparison_sentences([low, low._replace(label="same")])[1]
     few = low._replace(label="few", measured=measured(seeds=2))
     assert comparison_sentences([low, few])[-1].endswith("too few for an interval to be trusted: few")
+
+
+def of(label: str, ds: Sequence[int], d90: float) -> Measurement:
+    """A search that tried exactly these d."""
+    return Measurement(label, 0, measured(d90, ds=ds), about())
+
+
+def test_what_has_no_dimension_is_neither_least_nor_largest() -> None:
+    below, small = of("below", (100, 200, 400), 20.0), of("small", (10, 20, 40, 80), 30.0)
+    above, large = of("above", (250, 500, 1000), 1e5), of("large", (2000, 4000, 8000), 5000.0)
+    assert (below.measured.crossing.d, below.measured.crossing.high, above.measured.crossing.low) == (0, 0, math.inf)
+    one, rest = comparison_sentences([below, small])
+    assert one.startswith("d90 of small is ")
+    assert rest == "Without a d90 within the d that were tried: below at most 100, the smallest d tried"
+    least, apart, rest = comparison_sentences([below, large, above, small])
+    assert "least for small, " in least
+    assert "largest for large, " in least
+    assert apart == "The intervals of the two are apart"
+    assert rest.endswith(": below at most 100, the smallest d tried; above above 1,000, the largest d tried")
+    (none,) = comparison_sentences([below, above])
+    assert none.startswith("None has a d90")
+    assert "below at most 100" in none
+
+
+def test_an_open_interval_is_not_apart() -> None:
+    small, large = of("small", (10, 20, 40, 80), 30.0), of("large", (2000, 4000, 8000), 5000.0)
+    for opened, end in ((large, {"low": 0.0}), (small, {"high": math.inf})):
+        crossing = dataclasses.replace(opened.measured.crossing, **end)
+        changed = opened._replace(measured=dataclasses.replace(opened.measured, crossing=crossing))
+        pair = [changed if one is opened else one for one in (small, large)]
+        assert "do not say which is larger" in comparison_sentences(pair)[1]
+
+
+def test_a_series_is_judged_by_what_is_known_of_its_ends() -> None:
+    below, small = of("below", (100, 200, 400), 20.0), of("small", (10, 20, 40, 80), 30.0)
+    above, large = of("above", (250, 500, 1000), 1e5), of("large", (2000, 4000, 8000), 5000.0)
+    for meeting in ([below, small], [small, below], [above, large], [large, above], [above, above]):
+        assert "do not say that it falls or rises" in series_sentences(meeting, "made up")[1]
+    for first, last in ((below, above), (below, large), (small, above)):
+        assert series_sentences([first, last], "made up")[1].startswith("It rises")
+        assert series_sentences([last, first], "made up")[1].startswith("It falls")
 
 
 def test_where_nothing_has_a_dimension_no_figure_is_drawn(tmp_path: Path) -> None:

@@ -22,9 +22,10 @@ SUBJECT = frozenset(
 """What measurements are compared over. What else differs is how their runs were trained, on which d90 depends too."""
 ABSENT = "–"
 GAP_CAPTION = (
-    "Generalisation gap: the training score less the score that counts, at the first d tried above the threshold. "
-    "Aghajanyan et al. 2020 (arXiv 2012.13255), §5: test loss ≤ training loss + O(√(d/n)) for models trained in the "
-    "subspace, n being the training examples. The constant is not known, so the dashed line says how the bound grows, "
+    "Generalisation gap in accuracy, the error rate on what is scored less that on the training examples, against "
+    "√(d/n), n being the training examples: both at the first d tried above the threshold. Aghajanyan et al. 2020 "
+    "(arXiv 2012.13255) bound the loss of models trained in the subspace, test loss ≤ training loss + O(√(d/n)), while "
+    "what is drawn is the error rate. The constant is not known either, so the dashed line says how the bound grows, "
     "not where it is."
 )
 
@@ -36,9 +37,10 @@ def series_sentences(series: Sequence[Measurement], title: str) -> list[str]:
         f"d90 of {title} is {told(first.measured)} at {first.label} and {told(last.measured)} at {last.label}, "
         f"the threshold of each being {first.measured.plan.threshold}"
     ]
-    if last.measured.crossing.high < first.measured.crossing.low:
+    (first_low, first_high), (last_low, last_high) = first.bounds, last.bounds
+    if last_high < first_low:
         said.append("It falls along the series: the intervals of the first and the last are apart")
-    elif first.measured.crossing.high < last.measured.crossing.low:
+    elif first_high < last_low:
         said.append("It rises along the series: the intervals of the first and the last are apart")
     else:
         said.append("The intervals of the first and the last meet, so these runs do not say that it falls or rises")
@@ -46,20 +48,30 @@ def series_sentences(series: Sequence[Measurement], title: str) -> list[str]:
 
 
 def comparison_sentences(several: Sequence[Measurement]) -> list[str]:
-    """The least and the largest d90, and whether they are apart by their intervals."""
+    """The least and the largest d90, whether they are apart by their intervals, and what is known of the others that
+    have none within the d that were tried."""
     threshold = several[0].measured.plan.threshold
-    if not any(one.found for one in several):
-        return [f"None has a d90 within the d that were tried, the threshold of each being {threshold}"]
-    least, *_, most = sorted(several, key=lambda one: one.measured.crossing.d)
-    said = [
-        f"d90 is least for {least.label}, {told(least.measured)}, and largest for {most.label}, "
-        f"{told(most.measured)}; the threshold of each is {threshold}"
-    ]
-    if least.measured.crossing.high < most.measured.crossing.low:
-        said.append("The intervals of the two are apart")
-    else:
-        said.append("The intervals of the two meet, so these runs do not say which is larger")
+    found = sorted((one for one in several if one.found), key=lambda one: one.measured.crossing.d)
+    without = "; ".join(f"{one.label} {told(one.measured)}" for one in several if not one.found)
+    if not found:
+        said = [f"None has a d90 within the d that were tried, the threshold of each being {threshold}: {without}"]
+        return said + _cautions(several)
+    said = _least_and_largest(found, f"the threshold of each is {threshold}")
+    if without:
+        said.append(f"Without a d90 within the d that were tried: {without}")
     return said + _cautions(several)
+
+
+def _least_and_largest(found: Sequence[Measurement], threshold: str) -> list[str]:
+    """Of measurements with a d90, the least first."""
+    least, most = found[0], found[-1]
+    if least is most:
+        return [f"d90 of {least.label} is {told(least.measured)}; {threshold}"]
+    said = f"d90 is least for {least.label}, {told(least.measured)}, and largest for {most.label}, "
+    apart = "The intervals of the two meet, so these runs do not say which is larger"
+    if least.measured.crossing.high < most.measured.crossing.low:
+        apart = "The intervals of the two are apart"
+    return [f"{said}{told(most.measured)}; {threshold}", apart]
 
 
 def _cautions(several: Sequence[Measurement]) -> list[str]:
@@ -80,16 +92,17 @@ def _cautions(several: Sequence[Measurement]) -> list[str]:
 
 def comparison_table(several: Sequence[Measurement]) -> Table:
     """A row of text for every measurement."""
-    head = ("", "of", "D", "d90", "baseline", "threshold", "chance", "gap", "√(d90/n)")
+    head = ("", "of", "D", "d90", "baseline", "threshold", "chance", "first d", "gap at first d", "√(first d/n)")
     return Table("", head, [_row(one) for one in several])
 
 
 def _row(one: Measurement) -> Sequence[str]:
     measured = one.measured
     scores = (f"{score:.4f}" for score in (one.baseline, measured.crossing.threshold, measured.chance))
-    gap = ABSENT if measured.gap is None else f"{measured.gap:+.4f}".replace("-", "−")
-    bound = ABSENT if one.bound is None else f"{one.bound:.4f}"
-    return one.label, one.about.title, f"{measured.D:,}", told(measured), *scores, gap, bound
+    own = (one.label, one.about.title, f"{measured.D:,}", told(measured), *scores)
+    if measured.gap is None or one.bound is None:
+        return *own, ABSENT, ABSENT, ABSENT
+    return *own, f"{measured.crossing.first:,}", f"{measured.gap:+.4f}".replace("-", "−"), f"{one.bound:.4f}"
 
 
 def comparison_results(several: Sequence[Measurement]) -> dict[str, Any]:
@@ -157,10 +170,10 @@ def _relations(several: Sequence[Measurement]) -> list[tuple[str, str]]:
     if len({one.baseline for one in found}) > 1 and len(metrics) == 1:
         image = dimension_against(several, lambda one: one.baseline, f"{metrics[0]} of the baseline", "baseline")
         made.append((image, "d90 against what training all parameters reaches."))
-    gaps = [(one.label, one.bound, one.measured.gap) for one in found]
+    gaps = [(one.label, one.bound, one.measured.gap) for one in several]
     known = [(label, bound, gap) for label, bound, gap in gaps if bound is not None and gap is not None]
-    if known and len(metrics) == 1:
-        made.append((gap_against_bound(known, metrics[0], "gap"), GAP_CAPTION))
+    if known and {one.about.metric for one in several} == {"accuracy"}:
+        made.append((gap_against_bound(known, "gap"), GAP_CAPTION))
     return made
 
 

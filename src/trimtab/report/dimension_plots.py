@@ -138,20 +138,23 @@ def dimension_against(
     return draw(3.2, paint, name=name, alt=f"Intrinsic dimension against {axis}: {told_each}{missing}", tips={})
 
 
-def gap_against_bound(several: Sequence[Point], metric: str, name: str) -> str:
-    """The generalisation gap of each (label, √(d90/n), gap), with the line √(d/n), the order of the bound."""
+def gap_against_bound(several: Sequence[Point], name: str) -> str:
+    """The generalisation gap in accuracy of each (label, √(d/n), gap), with the line √(d/n), the order of the bound.
+
+    d: the first above the threshold, of which the gap is.
+    """
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
         axes.plot([bound for _, bound, _ in several], [gap for _, _, gap in several], "o", color=ACCENT, markersize=5)
         widest = 1.08 * max(bound for _, bound, _ in several)
         axes.plot([0, widest], [0, widest], color=INK, linewidth=1.0, linestyle=DASHED, label="√(d/n)")
-        axes.set_xlabel("√(d90/n), n training examples")
-        axes.set_ylabel(f"generalisation gap, {metric}")
+        axes.set_xlabel("√(d/n) at the first d above the threshold, n training examples")
+        axes.set_ylabel("generalisation gap, accuracy")
         axes.legend(loc="upper left", labelcolor=INK)
         _label(figure, axes, several, [((0, 0), (widest, widest))])
 
-    alt = "Generalisation gap beside the root of d90 over the training examples: " + "; ".join(
+    alt = "Generalisation gap in accuracy beside √(d/n), both at the first d above the threshold: " + "; ".join(
         f"{label} {gap:+.4f} beside {bound:.4f}" for label, bound, gap in several
     )
     return draw(3.4, paint, name=name, alt=alt, tips={})

@@ -64,14 +64,22 @@ class Measurement(NamedTuple):
         return low, high
 
     @property
+    def bounds(self) -> tuple[float, float]:
+        """What d90 lies between by its interval, 0 and infinity where that is open. An interval all below or all above
+        the d that were tried says no more than that it ends, or begins, with them."""
+        low, high = self.measured.crossing.low, self.measured.crossing.high
+        return max(self.measured.scores) if low == math.inf else low, high or min(self.measured.scores)
+
+    @property
     def baseline(self) -> float:
         """The mean score of training all parameters."""
         return sum(self.measured.baseline) / len(self.measured.baseline)
 
     @property
     def bound(self) -> float | None:
-        """√(d90/n) for n training examples; None without a d90."""
-        return math.sqrt(self.measured.crossing.d / self.about.n) if self.found else None
+        """√(d/n) for n training examples at the d of the gap, the first above the threshold; None where none is."""
+        d = self.measured.crossing.first
+        return None if d is None else math.sqrt(d / self.about.n)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""
