@@ -23,7 +23,7 @@ from trimtab.report.dimension_comparison import (
     write_series,
 )
 from trimtab.report.dimension_page import render, write_dimension
-from trimtab.report.dimension_results import Measurement, Told, read_measurements, result
+from trimtab.report.dimension_results import Measurement, Told, Unmeasured, read_measurements, result
 from trimtab.subspace.crossing import Threshold, crossing
 from trimtab.subspace.search import Measured, Plan
 
@@ -291,6 +291,22 @@ def test_a_series_has_its_figures_over_its_steps(tmp_path: Path) -> None:
     told = json.loads((tmp_path / "results.json").read_text())
     assert [one["at"] for one in told["series"]] == [0, 100, 200]
     assert told["series"][1] == json.loads(json.dumps(series[1].to_dict()))
+
+
+def test_a_checkpoint_that_is_not_measured_keeps_its_row(tmp_path: Path) -> None:
+    first, second = named("step-0", "step-200")
+    missing = Unmeasured("step-100", 100, "made up", 10_000, "baseline diverged", "training diverged with seed 0")
+    page = write_series([first, missing, second], "made up", "step of pretraining", tmp_path).read_text()
+    rows = comparison_table([first, missing, second]).rows
+    assert [row[0] for row in rows] == ["step-0", "step-100", "step-200"]
+    assert len({len(row) for row in rows}) == 1
+    assert "not measured: baseline diverged" in section(page, "runs")
+    assert "step-100 is not measured: training diverged with seed 0." in section(page, "verdict")
+    assert "It rises along the series" in page
+    assert json.loads((tmp_path / "results.json").read_text())["series"][1]["reason"] == "baseline diverged"
+    (one, note) = series_sentences([missing, second], "made up")
+    assert re.fullmatch(r"d90 of made up is 1.*\] at step-200, the threshold being 0\.9 of the baseline \(local\)", one)
+    assert note.startswith("step-100 is not measured")
 
 
 def test_the_page_of_one_is_the_same_byte_for_byte() -> None:

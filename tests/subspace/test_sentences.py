@@ -113,8 +113,10 @@ def test_a_series_of_checkpoints_is_measured_and_told(setting: Setting, tmp_path
     flags = ["--checkpoints", str(folder), "--task", str(setting.data), "--test-data", str(setting.test)]
     assert command(["measure", "dimension", *flags, *QUICK, "--out", str(tmp_path / "out"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert list(told) == ["step-0", "step-100", "report"]
-    assert told["step-0"]["scores"] == told["step-100"]["scores"], "both are the same weights"
+    first, last = told["series"]
+    assert [one["label"] for one in (first, last)] == ["step-0", "step-100"]
+    assert first["scores"] == last["scores"], "both are the same weights"
+    assert told == json.loads((tmp_path / "out" / "results.json").read_text()) | {"report": told["report"]}
     page = (tmp_path / "out" / "report.html").read_text()
     assert "do not say that it falls or rises" in page
     assert (tmp_path / "out" / "step-100" / "runs.jsonl").exists()
@@ -123,6 +125,38 @@ def test_a_series_of_checkpoints_is_measured_and_told(setting: Setting, tmp_path
     both = json.loads(capsys.readouterr().out)
     assert [one["label"] for one in both["measurements"]] == ["step-0", "step-100"]
     assert [one["n"] for one in both["measurements"]] == [len(read_splits(setting).train)] * 2
+
+
+def broken(folder: Path) -> Path:
+    """The folder of a model whose weights are no numbers, so that its training diverges."""
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(make_folder(folder))
+    model.embeddings.word_embeddings.weight.data.fill_(float("nan"))
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_checkpoint_without_a_threshold_does_not_end_the_series(setting: Setting, tmp_path: Path, capsys) -> None:
+    series = [str(broken(tmp_path / "step-0")), str(make_folder(tmp_path / "step-100"))]
+    flags = ["--task", str(setting.data), "--test-data", str(setting.test), *QUICK, "--out", str(tmp_path / "out")]
+    assert command(["measure", "dimension", "--checkpoints", *series, *flags, "--json"]) == 0
+    printed = capsys.readouterr()
+    assert "step-0 is not measured: training all parameters diverged" in printed.err
+    missing, measured = json.loads(printed.out)["series"]
+    assert (missing["label"], missing["reason"]) == ("step-0", "baseline diverged")
+    assert (measured["label"], list(measured["scores"])) == ("step-100", ["2", "2000"])
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "not measured: baseline diverged" in page
+    assert "step-0 is not measured: training all parameters diverged" in page
+    assert not (tmp_path / "out" / "step-0" / "results.json").exists()
+
+
+def test_a_series_of_which_nothing_can_be_measured_is_an_error(setting: Setting, tmp_path: Path, capsys) -> None:
+    series = [str(broken(tmp_path / name)) for name in ("step-0", "step-100")]
+    flags = ["--task", str(setting.data), "--test-data", str(setting.test), *QUICK]
+    assert command(["measure", "dimension", "--checkpoints", *series, *flags]) == 1
+    assert "none of the checkpoints can be measured: step-0: training all" in capsys.readouterr().err
 
 
 def test_a_series_of_different_shapes_is_refused(setting: Setting, tmp_path: Path, capsys) -> None:
@@ -156,7 +190,6 @@ def test_revisions_of_a_repository_are_a_series_in_the_order_of_their_steps(
     flags = ["--checkpoints", "some/series@step1000", "some/series@step20", "--task", str(setting.data)]
     out = ["--test-data", str(setting.test), "--out", str(tmp_path / "out"), "--json"]
     assert command(["measure", "dimension", *flags, *QUICK, *out]) == 0
-    assert list(json.loads(capsys.readouterr().out)) == ["step20", "step1000", "report"]
     told = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [one["at"] for one in told["series"]] == [20, 1000]
     assert [one["protocol"]["model"] for one in told["series"]] == ["series@step20", "series@step1000"]

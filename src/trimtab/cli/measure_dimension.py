@@ -16,7 +16,7 @@ from trimtab.options import option
 from trimtab.tasks.problems import PROBLEMS, make_problem
 
 if TYPE_CHECKING:
-    from trimtab.report.dimension_results import Told
+    from trimtab.report.dimension_results import Measurement, Told, Unmeasured
     from trimtab.report.direction_tables import Table
     from trimtab.subspace.problem import Problem, Protocol
     from trimtab.subspace.search import Measured, Plan
@@ -114,9 +114,9 @@ def _one(flags: DimensionFlags, subject: Subject, screen: Screen) -> tuple[Measu
 
 def _series(flags: DimensionFlags, screen: Screen) -> dict[str, Any]:
     """Every checkpoint in a folder of its own within --out; then what the series comes to."""
-    from trimtab.report.dimension_comparison import comparison_table, series_sentences, write_series
-    from trimtab.report.dimension_page import write_dimension
-    from trimtab.report.dimension_results import Measurement
+    from trimtab.report.dimension_comparison import comparison_table, series_results, write_series
+    from trimtab.report.dimension_results import Unmeasured
+    from trimtab.subspace.search import NoDimension
 
     given = _checkpoints(flags.checkpoints)
     steps = steps_of(list(given))
@@ -126,21 +126,41 @@ def _series(flags: DimensionFlags, screen: Screen) -> dict[str, Any]:
     if len({subject.D for subject in subjects.values()}) > 1:
         told = ", ".join(f"{label} {subject.D:,}" for label, subject in subjects.items())
         raise UsageError(f"the checkpoints are of different shapes, so that their d90 do not compare: {told}")
-    series = []
-    for place, (label, subject) in enumerate(subjects.items()):
-        within = str(Path(flags.out) / label) if flags.out is not None else None
-        measured, about = _one(dataclasses.replace(own[label], out=within), subject, screen)
-        series.append(Measurement(label, steps.get(label, place), measured, about))
-        if within is not None:
-            write_dimension(measured, about, Path(within))
+    series = [
+        _checkpoint(own[label], subject, label, steps.get(label, place), screen)
+        for place, (label, subject) in enumerate(subjects.items())
+    ]
+    missing = [one for one in series if isinstance(one, Unmeasured)]
+    if len(missing) == len(series):
+        told = "; ".join(f"{one.label}: {one.told}" for one in missing)
+        raise NoDimension("none measured", f"none of the checkpoints can be measured: {told}")
     title = f"{Path(flags.task).name}, {flags.mode.upper()}"
-    _show(comparison_table(series), series_sentences(series, title), screen)
-    found: dict[str, Any] = {one.label: one.measured.to_dict() for one in series}
+    results = series_results(series, title)
+    _show(comparison_table(series), results["sentences"], screen)
     if flags.out is not None:
         page = write_series(series, title, "step of pretraining" if steps else "checkpoint", Path(flags.out))
         screen.outcome(f"report: {page}")
-        found["report"] = str(page)
-    return found
+        results["report"] = str(page)
+    return results
+
+
+def _checkpoint(
+    flags: DimensionFlags, subject: Subject, label: str, at: int, screen: Screen
+) -> Measurement | Unmeasured:
+    """One of a series, in a folder of its own within --out; without a threshold, the series goes on."""
+    from trimtab.report.dimension_page import write_dimension
+    from trimtab.report.dimension_results import Measurement, Unmeasured
+    from trimtab.subspace.search import NoDimension
+
+    within = str(Path(flags.out) / label) if flags.out is not None else None
+    try:
+        measured, about = _one(dataclasses.replace(flags, out=within), subject, screen)
+    except NoDimension as error:
+        screen.warn(f"{label} is not measured: {error}")
+        return Unmeasured(label, at, subject.title, subject.D, error.reason, str(error))
+    if within is not None:
+        write_dimension(measured, about, Path(within))
+    return Measurement(label, at, measured, about)
 
 
 def _comparison(flags: DimensionFlags, screen: Screen) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from trimtab.files import write_whole
 from trimtab.report import wording
 from trimtab.report.dimension_plots import dimension_against, dimension_by_row, gap_against_bound
-from trimtab.report.dimension_results import RESULTS, Measurement, as_json, told
+from trimtab.report.dimension_results import RESULTS, Measurement, Unmeasured, as_json, told
 from trimtab.report.direction_tables import Table
 from trimtab.report.template import filled
 
@@ -30,9 +30,22 @@ GAP_CAPTION = (
 )
 
 
-def series_sentences(series: Sequence[Measurement], title: str) -> list[str]:
-    """Whether d90 falls from the first checkpoint to the last, by their intervals."""
+def series_sentences(series: Sequence[Measurement | Unmeasured], title: str) -> list[str]:
+    """Whether d90 falls from the first measured checkpoint to the last, by their intervals; which are not measured."""
+    known = _measured(series)
+    missing = [f"{one.label} is not measured: {one.told}" for one in series if isinstance(one, Unmeasured)]
+    return [*_first_and_last(known, title), *missing, *_cautions(known)]
+
+
+def _measured(series: Sequence[Measurement | Unmeasured]) -> list[Measurement]:
+    return [one for one in series if isinstance(one, Measurement)]
+
+
+def _first_and_last(series: Sequence[Measurement], title: str) -> list[str]:
     first, last = series[0], series[-1]
+    if len(series) == 1:
+        threshold = first.measured.plan.threshold
+        return [f"d90 of {title} is {told(first.measured)} at {first.label}, the threshold being {threshold}"]
     said = [
         f"d90 of {title} is {told(first.measured)} at {first.label} and {told(last.measured)} at {last.label}, "
         f"the threshold of each being {first.measured.plan.threshold}"
@@ -44,7 +57,7 @@ def series_sentences(series: Sequence[Measurement], title: str) -> list[str]:
         said.append("It rises along the series: the intervals of the first and the last are apart")
     else:
         said.append("The intervals of the first and the last meet, so these runs do not say that it falls or rises")
-    return said + _cautions(series)
+    return said
 
 
 def comparison_sentences(several: Sequence[Measurement]) -> list[str]:
@@ -65,7 +78,7 @@ def comparison_sentences(several: Sequence[Measurement]) -> list[str]:
 def _least_and_largest(found: Sequence[Measurement], threshold: str) -> list[str]:
     """Of measurements with a d90, the least first."""
     least, most = found[0], found[-1]
-    if least is most:
+    if len(found) == 1:
         return [f"d90 of {least.label} is {told(least.measured)}; {threshold}"]
     said = f"d90 is least for {least.label}, {told(least.measured)}, and largest for {most.label}, "
     apart = "The intervals of the two meet, so these runs do not say which is larger"
@@ -90,13 +103,15 @@ def _cautions(several: Sequence[Measurement]) -> list[str]:
     return said
 
 
-def comparison_table(several: Sequence[Measurement]) -> Table:
-    """A row of text for every measurement."""
+def comparison_table(several: Sequence[Measurement | Unmeasured]) -> Table:
+    """A row of text for every measurement, and for what could not be measured."""
     head = ("", "of", "D", "d90", "baseline", "threshold", "chance", "first d", "gap at first d", "√(first d/n)")
     return Table("", head, [_row(one) for one in several])
 
 
-def _row(one: Measurement) -> Sequence[str]:
+def _row(one: Measurement | Unmeasured) -> Sequence[str]:
+    if isinstance(one, Unmeasured):
+        return one.label, one.title, f"{one.D:,}", f"not measured: {one.reason}", *6 * (ABSENT,)
     measured = one.measured
     scores = (f"{score:.4f}" for score in (one.baseline, measured.crossing.threshold, measured.chance))
     own = (one.label, one.about.title, f"{measured.D:,}", told(measured), *scores)
@@ -123,35 +138,49 @@ def write_comparison(several: Sequence[Measurement], out: Path) -> Path:
     return _write_page(several, title, lead, comparison_sentences(several), rows, out)
 
 
-def write_series(series: Sequence[Measurement], title: str, axis: str, out: Path) -> Path:
-    """Write a series' results.json and report.html into a folder; returns the page. axis: what its places are."""
+def series_results(series: Sequence[Measurement | Unmeasured], title: str) -> dict[str, Any]:
+    """Everything as plain values, for JSON."""
     said = series_sentences(series, title)
-    results = {"title": title, "sentences": said, "series": [one.to_dict() for one in series]}
-    write_whole(out / RESULTS, as_json(results))
-    caption = "Lines are 95 % bootstrap intervals. A checkpoint without a point has no d90 within the d tried."
+    return {"title": title, "sentences": said, "series": [one.to_dict() for one in series]}
+
+
+def write_series(series: Sequence[Measurement | Unmeasured], title: str, axis: str, out: Path) -> Path:
+    """Write a series' results.json and report.html into a folder; returns the page. axis: what its places are."""
+    write_whole(out / RESULTS, as_json(series_results(series, title)))
+    caption = (
+        "Lines are 95 % bootstrap intervals. A checkpoint without a point has no d90 within the d tried, or was not "
+        "measured."
+    )
     lead = f"One downstream task, learned from each of {len(series)} checkpoints of one pretraining."
-    figures = []
-    if any(one.found for one in series):
-        figures = [(dimension_against(series, lambda one: one.at, axis, "series", joined=True), caption)]
+    figures, known = [], _measured(series)
+    if any(one.found for one in known):
+        figures = [(dimension_against(known, lambda one: one.at, axis, "series", joined=True), caption)]
+    said = series_sentences(series, title)
     return _write_page(series, f"Intrinsic dimension along {title}", lead, said, figures, out)
 
 
 def _write_page(
-    several: Sequence[Measurement], title: str, lead: str, said: list[str], figures: list[tuple[str, str]], out: Path
+    several: Sequence[Measurement | Unmeasured],
+    title: str,
+    lead: str,
+    said: list[str],
+    figures: list[tuple[str, str]],
+    out: Path,
 ) -> Path:
     import markupsafe
 
-    rows = [(name.replace("_", " "), *values) for name, values in _entries(several).items()]
+    known = _measured(several)
+    rows = [(name.replace("_", " "), *values) for name, values in _entries(known).items()]
     shared = [(name, values[0]) for name, *values in rows if len(set(values)) == 1]
     differing = [row for row in rows if len(set(row[1:])) > 1]
     context = {
         "title": title,
         "lead": lead,
         "sentences": said,
-        "figures": [(markupsafe.Markup(image), caption) for image, caption in [*figures, *_relations(several)]],
+        "figures": [(markupsafe.Markup(image), caption) for image, caption in [*figures, *_relations(known)]],
         "heading": "Every measurement",
         "table": comparison_table(several),
-        "differing": Table("", ("", *(one.label for one in several)), differing) if differing else None,
+        "differing": Table("", ("", *(one.label for one in known)), differing) if differing else None,
         "protocol": shared,
     }
     return write_whole(out / "report.html", filled("dimension.html", context, visible=wording.visible))

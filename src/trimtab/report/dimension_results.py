@@ -86,6 +86,21 @@ class Measurement(NamedTuple):
         return {"label": self.label, "at": self.at, **result(self.measured, self.about)}
 
 
+class Unmeasured(NamedTuple):
+    """A checkpoint of a series that could not be measured. reason: why, in a few words. told: in a sentence."""
+
+    label: str
+    at: int
+    title: str
+    D: int
+    reason: str
+    told: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        return self._asdict()
+
+
 def read_measurements(folders: Sequence[str]) -> list[Measurement]:
     """What the folders of earlier measurements hold, each called by its folder's name, or by its path where two share
     one.

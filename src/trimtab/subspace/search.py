@@ -30,7 +30,14 @@ MALFORMED = (LookupError, ArithmeticError, TypeError, ValueError, AttributeError
 
 
 class NoDimension(TrimtabError, ValueError):
-    """There is no intrinsic dimension to find: the threshold says nothing, or training itself failed."""
+    """There is no intrinsic dimension to find: the threshold says nothing, or training itself failed.
+
+    reason: why, in a few words for a table.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,8 +180,9 @@ def _refuse_chance(wanted: float, chance: float, examples: int, threshold: Thres
     noise = 2 * math.sqrt(max(chance * (1 - chance), 0.0) / max(examples, 1))
     if wanted <= chance + noise:
         raise NoDimension(
+            "threshold near chance",
             f"the threshold, {threshold}, comes to {wanted:.3f}, but guessing scores {chance:.3f} give or take "
-            f"{noise:.3f} here: any d would pass. Train longer, or choose another threshold or task"
+            f"{noise:.3f} here: any d would pass. Train longer, or choose another threshold or task",
         )
 
 
@@ -193,8 +201,9 @@ class _Search:
         failed = [outcome.seed for outcome in outcomes if outcome.diverged]
         if failed:
             raise NoDimension(
+                "baseline diverged",
                 f"training all parameters diverged with seed {failed[0]}: a share of that is no threshold. Lower the "
-                "learning rate (--lr)"
+                "learning rate (--lr)",
             )
         return [self.score(outcome) for outcome in outcomes]
 
