@@ -138,6 +138,11 @@ def _exchange(first: Path, second: Path) -> bool:
     return bool(rename(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0)
 
 
+def name_of(path: str | Path) -> str:
+    """The last part of a path; of . and .. the folder's own name."""
+    return Path(os.path.abspath(Path(path).expanduser())).name  # not resolved: a link is called by its own name
+
+
 def write_whole(path: str | Path, content: str | bytes) -> Path:
     """Write one file, whole or not at all. Text is UTF-8. Raises StorageError."""
     path = Path(path)

@@ -41,6 +41,11 @@ def test_the_toy_has_dimension_ten(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--mode", "said"], "--mode is for a task with --model"),
         (["--rows", "5"], "--rows is for a task with --model"),
         (["--model", "minilm", "--task", "sst2", "--width", "5"], "--width is for a task without --model"),
+        (["--model", "minilm", "--task", "sst2", "--l2", "0"], "--l2 is for a task without --model"),
+        *(
+            (["--checkpoints", "a", "b", flag, value], f"{flag} is for a task without --model or --checkpoints")
+            for flag, value in (("--shuffle", "pixels"), ("--width", "5"), ("--depth", "2"), ("--l2", "0.1"))
+        ),
         (["--share", "1.5"], "must be above 0 and at most 1"),
         (["--workers", "0"], "workers is 0"),
         (["--seeds", "0"], "seeds is 0"),

@@ -85,6 +85,8 @@ def test_what_is_missing_is_said(setting: Setting, tmp_path: Path) -> None:
         ("sst2", ("--data-dir", __file__), "sst2 is not to be scored on what it learns"),
         ("nowhere.tsv", (), "a model learns sst2, mrpc or a file of sentences with labels"),
         (__file__, (), "needs another one to be scored on: name it with --test-data"),
+        ("sst2", ("--test-data", __file__), "sst2 is scored on its own test rows: --test-data is for a file as --task"),
+        (__file__, ("--data-dir", "/"), "--data-dir is for a task with files of its own"),
     ],
 )
 def test_missing_data_is_told_by_the_flag_that_names_it(
@@ -167,6 +169,22 @@ def test_a_series_of_different_shapes_is_refused(setting: Setting, tmp_path: Pat
     assert "of different shapes" in capsys.readouterr().err
     assert command(["measure", "dimension", "--checkpoints", str(tmp_path), "--task", str(setting.data)]) == 2
     assert "fewer than two checkpoints" in capsys.readouterr().err
+
+
+def test_folders_given_as_a_dot_are_called_by_their_names(
+    setting: Setting, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (0, 100):
+        make_folder(tmp_path / f"step-{step}")
+    flags = ["--task", str(setting.data), "--test-data", str(setting.test), *QUICK, "--out", str(tmp_path / "out")]
+    monkeypatch.chdir(tmp_path / "step-100")
+    assert command(["measure", "dimension", "--checkpoints", ".", "../step-0", *flags, "--json"]) == 0
+    series = json.loads(capsys.readouterr().out)["series"]
+    assert [(one["label"], one["protocol"]["model"]) for one in series] == [("step-0",) * 2, ("step-100",) * 2]
+    monkeypatch.chdir(tmp_path / "out" / "step-0")
+    assert command(["measure", "dimension", "--compare", ".", "../step-100", "--json"]) == 0
+    both = json.loads(capsys.readouterr().out)["measurements"]
+    assert [one["label"] for one in both] == ["step-0", "step-100"]
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from trimtab.cli.common import Screen, find_model, load_libraries, options
 from trimtab.cli.measure import show_table, steps_of
 from trimtab.errors import UsageError
+from trimtab.files import name_of
 from trimtab.options import option
 from trimtab.tasks.problems import PROBLEMS, make_problem
 
@@ -71,8 +72,8 @@ class DimensionFlags:
     out: str | None = option(None, "folder that keeps every run, results.json and report.html; a search there goes on")
 
 
-SENTENCES_ONLY = ("test_data", "random_weights", "rows", "test_rows")
-PROBLEMS_ONLY = ("width", "depth", "l2")
+SENTENCES_ONLY = ("test_data", "random_weights", "rows", "test_rows", "mode")
+PROBLEMS_ONLY = ("width", "depth", "l2", "shuffle")
 
 
 def run(name: str, summary: str, argv: list[str]) -> None:
@@ -202,7 +203,7 @@ def _checkpoints(given: tuple[str, ...]) -> dict[str, str]:
             f"{given[0]}: fewer than two checkpoints, but a series needs two: folders with a config.json, or "
             "REPO@REVISION"
         )
-    labels = [hub_revision(name)[1] or Path(name).name for name in names]
+    labels = [hub_revision(name)[1] or name_of(name) for name in names]
     double = [label for label in labels if labels.count(label) > 1]
     if double:
         raise UsageError(
@@ -217,24 +218,22 @@ def _refuse_idle(flags: DimensionFlags) -> None:
     if flags.compare:
         _refuse_beside_compare(flags)
         return
-    if flags.checkpoints:
-        if flags.model is not None or flags.random_weights:
-            raise UsageError("--checkpoints stands in the place of --model, and of pretrained weights")
-        return
-    names = SENTENCES_ONLY if flags.model is None else PROBLEMS_ONLY
-    idle = [name for name in names if getattr(flags, name) not in (None, False)]
-    if flags.model is None and flags.mode != "did":
-        idle.append("mode")
-    if flags.model is not None and flags.shuffle != "none":
-        idle.append("shuffle")
+    if flags.checkpoints and (flags.model is not None or flags.random_weights):
+        raise UsageError("--checkpoints stands in the place of --model, and of pretrained weights")
+    with_model = flags.model is not None or bool(flags.checkpoints)
+    idle = [name for name in _changed(flags) if name in (PROBLEMS_ONLY if with_model else SENTENCES_ONLY)]
     if idle:
-        flag = f"--{idle[0].replace('_', '-')}"
-        raise UsageError(f"{flag} is for a task {'with' if flags.model is None else 'without'} --model")
+        kind = "without" if with_model else "with"
+        raise UsageError(f"--{idle[0].replace('_', '-')} is for a task {kind} --model or --checkpoints")
+
+
+def _changed(flags: DimensionFlags) -> list[str]:
+    """The flags that are not at their defaults."""
+    return [field.name for field in dataclasses.fields(flags) if getattr(flags, field.name) != field.default]
 
 
 def _refuse_beside_compare(flags: DimensionFlags) -> None:
-    names = [field.name for field in dataclasses.fields(flags) if getattr(flags, field.name) != field.default]
-    idle = [name for name in names if name not in ("compare", "out")]
+    idle = [name for name in _changed(flags) if name not in ("compare", "out")]
     if idle:
         flag = f"--{idle[0].replace('_', '-')}"
         raise UsageError(f"{flag} changes nothing beside --compare, which trains nothing: leave it out")
@@ -262,6 +261,8 @@ def _subject(flags: DimensionFlags) -> Subject:
     if flags.model is None:
         return of_problem(_maker(flags), functools.partial(_protocol, flags), projection, extra)
     own = Path(flags.task).expanduser().is_file()
+    if own and flags.data_dir is not None:
+        raise UsageError(f"--data-dir is for a task with files of its own, but {flags.task} is a file: leave it out")
     given: dict[str, Any] = {"epochs": flags.epochs, "batch_size": flags.batch_size}
     setting = Setting(
         flags.model,

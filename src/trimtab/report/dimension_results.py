@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trimtab.errors import UsageError
-from trimtab.files import read_json
+from trimtab.files import name_of, read_json
 from trimtab.subspace.search import MALFORMED, Measured
 
 RESULTS = "results.json"
@@ -115,7 +115,7 @@ def read_measurements(folders: Sequence[str]) -> list[Measurement]:
     twice = [str(path) for path, own in zip(paths, whole, strict=True) if whole.count(own) > 1]
     if twice:
         raise UsageError(f"{twice[-1]} is given twice: name each folder once")
-    names = [own.name for own in whole]
+    names = [name_of(path) for path in paths]
     labels = [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
     several = [
         Measurement(label, place, *_read(path)) for place, (label, path) in enumerate(zip(labels, paths, strict=True))

@@ -24,6 +24,7 @@ from trimtab.adapt.module import modes_kept
 from trimtab.data.label_batch import LabelledBatch, LabelledExample, pad_labelled
 from trimtab.data.labelled import LabelledRow, hold_out
 from trimtab.errors import UsageError
+from trimtab.files import name_of
 from trimtab.models.classifier import Classifier, load_classifier
 from trimtab.subspace.problem import SPLITS, stream
 from trimtab.subspace.reparameterize import Subspace
@@ -69,7 +70,7 @@ class Setting:
     def about(self) -> dict[str, Any]:
         """What runs depend on besides d, seed and learning rate, as plain values; files by their names."""
         plain = dataclasses.asdict(self)
-        return {**plain, **{key: Path(plain[key]).name for key in ("model", "data", "test") if plain[key]}}
+        return {**plain, **{key: name_of(plain[key]) for key in ("model", "data", "test") if plain[key]}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +100,8 @@ def read_splits(setting: Setting) -> Splits:
     if known is None and setting.task != "classification":
         tasks = ", ".join(KNOWN)
         raise UsageError(f"a model learns {tasks} or a file of sentences with labels, and '{setting.task}' is neither")
+    if known and setting.test is not None:
+        raise UsageError(f"{setting.task} is scored on its own test rows: --test-data is for a file as --task")
     if known is None and (setting.data is None or setting.test is None):
         raise UsageError("a file of your own needs another one to be scored on: name it with --test-data")
     files = functools.partial(task.path, data=setting.data, flag="--data-dir")
