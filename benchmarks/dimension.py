@@ -15,13 +15,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from trimtab.files import write_whole
-from trimtab.report.dimension_results import Told, result, told
+from trimtab.report.dimension_results import RESULTS, Told, as_json, protocol_of, result, told
 from trimtab.subspace.crossing import Threshold
 from trimtab.subspace.projection import make_projection
 from trimtab.subspace.runs import Runs
@@ -82,11 +81,10 @@ def one(name: str, asked: argparse.Namespace) -> None:
             found[mode] = measure(
                 runs, problem.D, plan, scored=problem.scored, chance=problem.chance, examples=len(split)
             )
-    told_of = {**about, "lr": protocol.lr, "lr in a subspace": "lr"}
+    told_of = protocol_of(about, plan)
     label = Told(f"{problem.name} ({name})", problem.metric, split.name, len(problem.train), told_of)
     for mode, measured in found.items():
-        text = json.dumps(result(measured, label), indent=1, ensure_ascii=False)
-        write_whole(folder / mode / "results.json", f"{text}\n")
+        write_whole(folder / mode / RESULTS, as_json(result(measured, label)))
     lines = [f"{mode} {told(measured)}, first crossing {measured.crossing.first}" for mode, measured in found.items()]
     print(f"{name}: {'; '.join(lines)}", flush=True)
 

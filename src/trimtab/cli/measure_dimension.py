@@ -104,12 +104,11 @@ def run(name: str, summary: str, argv: list[str]) -> None:
 
 
 def _one(flags: DimensionFlags, subject: Subject, screen: Screen) -> tuple[Measured, Told]:
-    from trimtab.report.dimension_results import Told
+    from trimtab.report.dimension_results import Told, protocol_of
 
     plan = _plan(flags, subject.lr)
     measured = _measured(flags, subject, plan, screen)
-    scale = "lr · √(D/d)" if flags.lr_scale == "sqrt" else "lr"
-    protocol = {**subject.about, "lr": plan.lr, "lr in a subspace": scale}
+    protocol = protocol_of(subject.about, plan)
     return measured, Told(subject.title, subject.metric, subject.split, subject.n, protocol, subject.features)
 
 

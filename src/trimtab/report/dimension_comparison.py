@@ -113,7 +113,7 @@ def _row(one: Measurement | Unmeasured) -> Sequence[str]:
     if isinstance(one, Unmeasured):
         return one.label, one.title, f"{one.D:,}", f"not measured: {one.reason}", *6 * (ABSENT,)
     measured = one.measured
-    scores = (f"{score:.4f}" for score in (one.baseline, measured.crossing.threshold, measured.chance))
+    scores = (f"{score:.4f}" for score in (one.measured.mean_baseline, measured.crossing.threshold, measured.chance))
     own = (one.label, one.about.title, f"{measured.D:,}", told(measured), *scores)
     if measured.gap is None or one.bound is None:
         return *own, ABSENT, ABSENT, ABSENT
@@ -196,8 +196,10 @@ def _relations(several: Sequence[Measurement]) -> list[tuple[str, str]]:
             several, lambda one: one.measured.D, "all parameters, D", "parameters", logarithmic=True
         )
         made.append((image, "d90 against the number of parameters. Both scales are logarithmic."))
-    if len({one.baseline for one in found}) > 1 and len(metrics) == 1:
-        image = dimension_against(several, lambda one: one.baseline, f"{metrics[0]} of the baseline", "baseline")
+    if len({one.measured.mean_baseline for one in found}) > 1 and len(metrics) == 1:
+        image = dimension_against(
+            several, lambda one: one.measured.mean_baseline, f"{metrics[0]} of the baseline", "baseline"
+        )
         made.append((image, "d90 against what training all parameters reaches."))
     gaps = [(one.label, one.bound, one.measured.gap) for one in several]
     known = [(label, bound, gap) for label, bound, gap in gaps if bound is not None and gap is not None]

@@ -45,8 +45,7 @@ def accuracy_by_dimension(measured: Measured, metric: str, name: str) -> str:
             axes.plot([d] * len(measured.scores[d]), measured.scores[d], "o", color=BEFORE, markersize=4)
         means = [sum(measured.scores[d]) / len(measured.scores[d]) for d in ds]
         axes.plot(ds, means, ".-", color=ACCENT, markersize=7, linewidth=1.4, label="mean of the seeds")
-        baseline = sum(measured.baseline) / len(measured.baseline)
-        axes.axhline(baseline, color=INK, linewidth=1.0, label="all parameters")
+        axes.axhline(measured.mean_baseline, color=INK, linewidth=1.0, label="all parameters")
         axes.axhline(found.threshold, color=INK, linewidth=1.0, linestyle=DASHED, label="threshold")
         axes.axhline(measured.chance, color=MUTED, linewidth=1.0, linestyle=":", label="chance")
         if 0 < found.d < math.inf:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from trimtab.errors import UsageError
 from trimtab.files import name_of, read_json
-from trimtab.subspace.search import MALFORMED, Measured
+from trimtab.subspace.search import MALFORMED, Measured, Plan
 
 RESULTS = "results.json"
 
@@ -69,11 +69,6 @@ class Measurement(NamedTuple):
         the d that were tried says no more than that it ends, or begins, with them."""
         low, high = self.measured.crossing.low, self.measured.crossing.high
         return max(self.measured.scores) if low == math.inf else low, high or min(self.measured.scores)
-
-    @property
-    def baseline(self) -> float:
-        """The mean score of training all parameters."""
-        return sum(self.measured.baseline) / len(self.measured.baseline)
 
     @property
     def bound(self) -> float | None:
@@ -159,11 +154,10 @@ def told(measured: Measured) -> str:
 def sentences(measured: Measured, about: Told) -> list[str]:
     """What was found and what it is good for."""
     found, plan = measured.crossing, measured.plan
-    baseline = sum(measured.baseline) / len(measured.baseline)
     said = [
         f"d90 of {about.title} is {told(measured)} of D = {measured.D:,} parameters, with {plan.seeds} seeds and a "
         f"95 % bootstrap interval: where {about.metric} on {about.split} reaches {found.threshold:.4g}, "
-        f"{plan.threshold}, with the baseline at {baseline:.4g} and chance at {measured.chance:.4g}"
+        f"{plan.threshold}, with the baseline at {measured.mean_baseline:.4g} and chance at {measured.chance:.4g}"
     ]
     if found.first is not None:
         said.append(
@@ -199,6 +193,11 @@ def result(measured: Measured, about: Told) -> dict[str, Any]:
         "gap": measured.gap,
         "sentences": sentences(measured, about),
     }
+
+
+def protocol_of(about: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """How the runs of a search were trained, for `Told`. about: what they depend on besides d, seed and rate."""
+    return {**about, "lr": plan.lr, "lr in a subspace": "lr · √(D/d)" if plan.lr_scale == "sqrt" else "lr"}
 
 
 def as_json(results: Mapping[str, Any]) -> str:

@@ -94,6 +94,11 @@ class Measured:
     plan: Plan
 
     @property
+    def mean_baseline(self) -> float:
+        """The mean score of training all parameters."""
+        return sum(self.baseline) / len(self.baseline)
+
+    @property
     def gap(self) -> float | None:
         """The generalisation gap at the first d above the threshold: the mean training score less the mean score that
         counts. None where no d is above."""
