@@ -178,12 +178,23 @@ def test_a_merged_classifier_is_a_plain_one_with_the_same_logits(delivered, answ
     assert all(layer["relative_change"] > 0 for layer in audit["layers"])
 
 
-def test_a_merged_classifier_is_evaluated_without_an_adapter(delivered, trimtab, tables, tmp_path):
+def test_a_merged_classifier_is_evaluated_as_its_adapter_is(delivered, evaluated, trimtab, tables, tmp_path):
     out, *_ = delivered("merge", "encoder")
     asked = ["eval", "--tasks", "classification", "--data", tables / "own.test.tsv", "--threads", 1, "--json"]
-    merged = trimtab(*asked, "--model", out)
+    merged = trimtab(*asked, "--dtype", "float32", "--model", out, "--out", tmp_path / "merged")
     assert merged.code == 0, merged.err
-    assert merged.json["tasks"][0]["items"] == 20
+    flags = ("--adapter", tmp_path / "run" / "adapter", "--out", tmp_path / "adapted", "--json")
+    adapted = evaluated(*flags, task="classification", data=tables / "own.test.tsv")
+    assert merged.json["tasks"] == adapted.json["tasks"]
+    one, other = (
+        {line["index"]: line for line in map(json.loads, (tmp_path / name / "examples.jsonl").open())}
+        for name in ("merged", "adapted")
+    )
+    assert len(one) == 20
+    assert {line["prediction"] for line in one.values()} == {"no", "yes"}, "else any head would do"
+    for index, line in one.items():
+        assert line["prediction"] == other[index]["prediction"]
+        assert line["scores"] == pytest.approx(other[index]["scores"], abs=1e-5)  # as ALIKE
 
 
 @pytest.mark.filterwarnings("ignore")
