@@ -58,7 +58,7 @@ class DimensionFlags:
         "local", "share of what training all parameters reaches, share of 1, or an accuracy"
     )
     share: float = option(0.9, "the share, or the accuracy of an absolute threshold")
-    seeds: int = option(3, "runs at every d: start, projection and order of the data differ")
+    seeds: int = option(3, "runs at every d: start (of a pretrained model, its head), projection and order differ")
     grid: str | None = option(None, "try exactly these d, as 100,200,500, instead of searching")
     start: int | None = option(None, "the first d of the search; by default √D")
     resolution: float = option(1.2, "how far apart, as a ratio, the d may be between which the dimension is found")

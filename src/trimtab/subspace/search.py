@@ -1,6 +1,7 @@
 """The search for an intrinsic dimension: bracket d by factors, then halve the bracket on the scale of log d.
 
-Every d is trained with every seed, which draws θ0, P and the order of the data; what was trained stays (see `runs`).
+Every d is trained with every seed, which draws P, the order of the data and θ0 (of a pretrained model, the head alone).
+What was trained stays (see `runs`).
 """
 
 from __future__ import annotations
