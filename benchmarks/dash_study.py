@@ -1,13 +1,17 @@
 """Does LoRA-Dash pay? LoRA and Dash of rank 2 and 16, and Dash with directions that no change rate chose.
 
 usage: python benchmarks/dash_study.py --model DIR --data DIR [--threads 2] [--seeds 0 1 2] [--arms "LoRA r=2" ...]
-    [--out benchmarks/results/dash_study.jsonl]
+    [--wording text] [--out benchmarks/results/dash_study.jsonl]
 
 Commonsense questions of four training sets mixed, the loss on the response alone. First each arm's learning rate: every
 arm is trained once at each of RATES, and the rate with the lowest loss on held-out training questions is taken. Then
 every arm is trained at its rate with each seed, and asked the test questions by likelihood. A run is one line of the
 file, and a run that stands there is not run again. `dash_study_report.py` says what the lines come to. An arm's runs
 need no other arm's, so that two processes can share the arms, each with a file of its own.
+
+--wording text: "Question: …\\nAnswer:", continued by the text of a choice. --wording numbers: the instruction of
+LLM-Adapters with all choices in it, answered "the correct answer is answer2", on which a model this small stays at
+chance.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,11 +30,32 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import trimtab
+from trimtab.data.encode import encode
+from trimtab.data.layout import Row, Turn
+from trimtab.deltas import make_method
+from trimtab.tasks import make_task
+from trimtab.tasks.evaluate import evaluate
+from trimtab.tasks.knowledge import Question
+from trimtab.tasks.likelihood import choice_scores, prompt_of
+from trimtab.tasks.task import Item, subset, training_rows
+from trimtab.train.machine import keep_freed_memory
+from trimtab.train.settings import Settings
+
 TASKS = ("arc_easy", "arc_challenge", "openbookqa", "boolq")
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 BARE = "no adapter"
 TUNING_SEED = 100  # no other run has it
 HELD_OUT_SEED = 1000
+WHOLE = re.compile(
+    r"Please (?:choose the correct answer to the question:|answer the following question with true or false, question:)"
+    r"(?P<question>.*?)(?:\n\n(?P<choices>Answer1:.*))?\n\nAnswer format:.*",
+    re.DOTALL,
+)
+NUMBERED = re.compile(r"(?:^|\s)Answer\d: ")
 ARMS: dict[str, dict[str, Any]] = {
     "LoRA r=2": {"method": "lora", "rank": 2},
     "LoRA r=16": {"method": "lora", "rank": 16},
@@ -42,53 +68,44 @@ ARMS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How much of everything: questions of each task, and the warm-up's share of the steps."""
+    """How much of everything: questions of each task, and the warm-up's share of the steps. wording: of a question."""
 
-    train: int = 90
-    held_out: int = 40
+    train: int = 240
+    held_out: int = 60
     test: int = 150
     batch: int = 8
     warm_up: float = 0.2
+    wording: str = "text"
 
 
 class Study:
     """The model, the data and the file of results."""
 
     def __init__(self, model: str, data: Path, out: Path, sizes: Sizes) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
         self.tokenizer = AutoTokenizer.from_pretrained(model)
+        if sizes.wording == "text":
+            self.tokenizer.chat_template = None  # questions stand as written
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         self.data, self.out, self.sizes = data, out, sizes
         self.about = {"model": Path(model).name, "threads": torch.get_num_threads(), **dataclasses.asdict(sizes)}
 
     def questions(self, split: str, count: int, seed: int) -> list[tuple[Any, tuple[Any, ...]]]:
         """(task, its questions) of every task, drawn with a seed."""
-        from trimtab.tasks import make_task
-        from trimtab.tasks.task import subset
-
         tasks = [make_task(name) for name in TASKS]
         return [(task, subset(task.items(split, self.data), count, seed)) for task in tasks]
 
     def examples(self, seed: int, held_out: bool = False) -> list[Any]:
         """The training questions of a seed, or the held-out ones, as tokens in an order of the seed's own."""
-        from trimtab.data.encode import encode
-        from trimtab.tasks.task import subset, training_rows
-
         rows = []
         for task, apart in self.questions("train", self.sizes.held_out, HELD_OUT_SEED):
             left = [item for item in task.items("train", self.data) if item not in set(apart)]
-            rows += training_rows(task, apart if held_out else subset(left, self.sizes.train, seed))
+            drawn = apart if held_out else subset(left, self.sizes.train, seed)
+            rows += text_rows(drawn) if self.sizes.wording == "text" else training_rows(task, drawn)
         random.Random(seed).shuffle(rows)
         return encode(rows, self.tokenizer, max_length=1024)
 
     def run(self, arm: str, lr: float, seed: int) -> None:
         """One run, added to the file unless it is there: of the tuning seed with its held-out loss, else tested."""
-        import trimtab
-        from trimtab.deltas import make_method
-        from trimtab.train.settings import Settings
-
         known = {"arm": arm, "lr": lr, "seed": seed, **self.about}
         if stored(self.out, known):
             return
@@ -110,7 +127,7 @@ class Study:
             "steps": done.steps,
             "train_loss": round(done.train_loss, 5),
             "seconds": round(time.perf_counter() - start, 1),
-            **({"held_out_loss": done.eval_loss} if tuning else {"answers": self.answers()}),
+            **({"held_out_loss": done.eval_loss} if tuning else self.tested()),
         }
         adapter.remove()
         self._add(line)
@@ -119,7 +136,7 @@ class Study:
         """The model as it is, tested; one line of the file."""
         known = {"arm": BARE, **self.about}
         if not stored(self.out, known):
-            self._add({**known, "parameters": 0, "answers": self.answers()})
+            self._add({**known, "parameters": 0, **self.tested()})
 
     def _add(self, line: dict[str, Any]) -> None:
         self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -128,17 +145,41 @@ class Study:
             file.truncate(file.read().rfind(b"\n") + 1)  # a line that was cut off
         with self.out.open("a") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        print({k: v for k, v in line.items() if k not in ("answers", *self.about)}, flush=True)
+        print({k: v for k, v in line.items() if k not in ("answers", "nats", *self.about)}, flush=True)
 
-    def answers(self) -> dict[str, list[int]]:
-        """Which test questions the model answers rightly, by likelihood: 1 and 0, by task."""
-        from trimtab.tasks.evaluate import evaluate
-
-        found: dict[str, list[int]] = {}
+    def tested(self) -> dict[str, dict[str, list[float]]]:
+        """Of the test questions by task: which are answered rightly (1, 0), and the nats a byte of the right answer."""
+        answers: dict[str, list[float]] = {}
+        nats: dict[str, list[float]] = {}
         for task, items in self.questions("test", self.sizes.test, 0):
-            outcomes = evaluate(self.model, self.tokenizer, task, items)
-            found[task.name] = [int(outcome.correct) for outcome in outcomes]
-        return found
+            if self.sizes.wording == "text":
+                asked = [as_text(item) for item in items]
+                found = choice_scores(self.model, self.tokenizer, asked)
+                answers[task.name] = [int(correct) for correct in found.correct]
+                pairs = zip(found.scores, asked, strict=True)
+                nats[task.name] = [round(-scores[question.answer], 5) for scores, question in pairs]
+            else:
+                outcomes = evaluate(self.model, self.tokenizer, task, items)
+                answers[task.name] = [int(outcome.correct) for outcome in outcomes]
+        return {"answers": answers, "nats": nats}
+
+
+def as_text(item: Item) -> Question:
+    """A question with the texts of its choices."""
+    asked = WHOLE.fullmatch(item.question)
+    assert asked is not None, item.question
+    choices = tuple(text.strip() for text in NUMBERED.split(asked["choices"] or "")[1:]) or item.choices
+    return Question(asked["question"].strip(), choices, item.choices.index(item.answer), "")
+
+
+def text_rows(items: Sequence[Item]) -> list[Row]:
+    """Questions with the text of their right answers, as `data.encode` takes them."""
+    rows = []
+    for item in items:
+        question = as_text(item)
+        turns = Turn("user", prompt_of(question)), Turn("assistant", f" {question.choices[question.answer]}")
+        rows.append(Row(turns, None, item.index + 1, raw=True))
+    return rows
 
 
 def stored(path: Path, about: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -163,12 +204,10 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=(*ARMS, BARE), default=[*ARMS, BARE])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "dash_study.jsonl")
     for field in dataclasses.fields(Sizes):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
+        kinds = ("text", "numbers") if field.name == "wording" else None
+        flag = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(flag, type=type(field.default), default=field.default, choices=kinds)
     asked = vars(parser.parse_args())
-    import torch
-
-    from trimtab.train.machine import keep_freed_memory
-
     keep_freed_memory()
     torch.set_num_threads(asked["threads"])
     sizes = Sizes(**{field.name: asked[field.name] for field in dataclasses.fields(Sizes)})

@@ -1,6 +1,8 @@
 """What the runs of dash_study.py come to: a table, paired differences, verdicts, and a plot.
 
-usage: python benchmarks/dash_study_report.py [benchmarks/results/dash_study.jsonl] [--plot docs/images/dash_study.svg]
+usage: python benchmarks/dash_study_report.py [FILE ...] [--plot docs/images/dash_study.svg]
+
+FILE: benchmarks/results/dash_study.jsonl, or the files of processes that shared the arms.
 
 Accuracy is the mean over the tasks of the share of right answers. Intervals are 95 % bootstrap intervals that resample
 the seeds and, within each task, the questions; the two arms of a difference are resampled alike. Of few seeds a
@@ -10,6 +12,7 @@ bootstrap knows too little: what it calls better holds for seeds like these, and
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +51,9 @@ def answers_of(runs: Sequence[dict[str, Any]], arm: str) -> Answers:
 
 
 def at_its_rate(runs: Sequence[dict[str, Any]], arm: str) -> list[dict[str, Any]]:
-    """An arm's tested runs at the rate that was chosen for it."""
+    """An arm's tested runs at the rate that was chosen for it; none while a rate has not been tried."""
+    if {run["lr"] for run in runs if run["arm"] == arm and run.get("seed") == TUNING_SEED} != set(RATES):
+        return []
     rate = chosen_rate(runs, arm)
     return [run for run in runs if run["arm"] == arm and run["lr"] == rate and "answers" in run]
 
@@ -130,18 +135,26 @@ def plot(found: dict[str, tuple[float, float, float]], path: Path) -> None:
     figure.savefig(path)
 
 
+def edges(runs: Sequence[dict[str, Any]]) -> str:
+    """A line for each arm whose best rate is the lowest or the highest tried: a better one may lie beyond."""
+    tested = [arm for arm in ARMS if at_its_rate(runs, arm)]
+    at_end = [arm for arm in tested if chosen_rate(runs, arm) in (min(RATES), max(RATES))]
+    return "\n".join(f"The best rate of {arm} is at an end of those tried." for arm in at_end)
+
+
 def main() -> None:
     here = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, nargs="?", default=here / "results" / "dash_study.jsonl")
+    parser.add_argument("results", type=Path, nargs="*", default=[here / "results" / "dash_study.jsonl"])
     parser.add_argument("--plot", type=Path, default=here.parent / "docs" / "images" / "dash_study.svg")
     asked = parser.parse_args()
-    runs = stored(asked.results, {})
+    lines = {json.dumps(run, sort_keys=True): run for path in asked.results for run in stored(path, {})}
+    runs = list(lines.values())
     settings = {tuple((key, r[key]) for key in ("model", "threads", *vars(Sizes()))) for r in runs}
     if len(settings) > 1:
-        parser.error(f"{asked.results} holds runs of {len(settings)} models or sizes: {settings}")
+        parser.error(f"there are runs of {len(settings)} models or sizes: {settings}")
     table, found = tables(runs)
-    print(f"Held-out loss by rate:\n\n{tuning(runs)}\n\n{table}")
+    print(f"Held-out loss by rate:\n\n{tuning(runs)}\n{edges(runs)}\n{table}")
     plot(found, asked.plot)
 
 

@@ -4,8 +4,9 @@ usage: python benchmarks/subspace_steps.py [--threads 1] [--rounds 15] [--steps 
     [--out benchmarks/results/subspace_steps.jsonl]
 
 The net 784-200-200-10 (D = 199,210) on noise, batches of 128, Adam; the sides take turns, --steps steps of each in
-every round, the first of which is not counted. `state_bytes` counts what is trained, its gradient and Adam's two
-averages; what P itself keeps is in the lines of hadamard.py. Appends one JSON line.
+every round, the first of which is not counted. `bytes` is what training keeps besides the net's activations and P: what
+is trained, its gradient and Adam's two averages, and in a subspace also θ, θ0 and the gradient of θ, which every
+projection needs. What P keeps is in the lines of hadamard.py. Appends one JSON line.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def made_up(steps: int) -> Problem:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=15, help="two at least")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--d", type=int, default=750)
     parser.add_argument("--names", nargs="+", choices=list(PROJECTIONS), default=list(PROJECTIONS))
@@ -74,8 +75,8 @@ def main() -> None:
     found = {}
     for name, own in times.items():
         low, median, high = (round(value, 3) for value in statistics.quantiles(own))
-        trained = asked.d if sides[name] is not None else problem.D
-        found[name] = {"ms": median, "quartiles_ms": [low, high], "state_bytes": 16 * trained}
+        floats = 4 * problem.D if sides[name] is None else 4 * asked.d + 3 * problem.D
+        found[name] = {"ms": median, "quartiles_ms": [low, high], "bytes": 4 * floats}
     line = {**{key: getattr(asked, key) for key in ("threads", "rounds", "steps", "d")}, "D": problem.D, "sides": found}
     print(json.dumps(line, indent=1))
     asked.out.parent.mkdir(parents=True, exist_ok=True)
