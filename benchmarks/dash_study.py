@@ -48,6 +48,7 @@ from trimtab.train.settings import Settings
 TASKS = ("arc_easy", "arc_challenge", "openbookqa", "boolq")
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 BARE = "no adapter"
+SEEDS = (0, 1, 2)
 TUNING_SEED = 100  # no other run has it
 HELD_OUT_SEED = 1000
 WHOLE = re.compile(
@@ -63,6 +64,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "Dash r=16": {"method": "dash", "rank": 16},
     "Dash r=2, random": {"method": "dash", "rank": 2, "pick": "random"},
     "Dash r=2, smallest σ": {"method": "dash", "rank": 2, "pick": "smallest"},
+    "Dash r=2, d at 10 × the rate": {"method": "dash", "rank": 2, "direction_lr": 10.0},
 }
 
 
@@ -70,7 +72,7 @@ ARMS: dict[str, dict[str, Any]] = {
 class Sizes:
     """How much of everything: questions of each task, and the warm-up's share of the steps. wording: of a question."""
 
-    train: int = 240
+    train: int = 180
     held_out: int = 60
     test: int = 150
     batch: int = 8
@@ -200,7 +202,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--arms", nargs="+", choices=(*ARMS, BARE), default=[*ARMS, BARE])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "dash_study.jsonl")
     for field in dataclasses.fields(Sizes):

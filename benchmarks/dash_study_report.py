@@ -4,7 +4,8 @@ usage: python benchmarks/dash_study_report.py [FILE ...] [--plot docs/images/das
 
 FILE: benchmarks/results/dash_study.jsonl, or the files of processes that shared the arms.
 
-Accuracy is the mean over the tasks of the share of right answers. Intervals are 95 % bootstrap intervals that resample
+Accuracy is the mean over the tasks of the share of right answers; beside it stands how likely the right answers are
+found, which tells smaller differences. Intervals are 95 % bootstrap intervals that resample
 the seeds and, within each task, the questions; the two arms of a difference are resampled alike. Of few seeds a
 bootstrap knows too little: what it calls better holds for seeds like these, and an interval is rather too narrow.
 """
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from dash_study import ARMS, BARE, RATES, TASKS, TUNING_SEED, Sizes, chosen_rate, stored
+from dash_study import ARMS, BARE, RATES, SEEDS, TASKS, TUNING_SEED, Sizes, chosen_rate, stored
 from numpy.typing import NDArray
 
 DRAWS = 4000
@@ -29,25 +30,28 @@ PAIRS = (
     ("LoRA r=2", "LoRA r=16"),
     ("Dash r=2", "Dash r=2, random"),
     ("Dash r=2", "Dash r=2, smallest σ"),
+    ("Dash r=2, d at 10 × the rate", "LoRA r=2"),
 )
 """The differences that are asked for, first minus second."""
 
-Answers = list[NDArray[np.float64]]
-"""Of one arm: [seeds, questions] of each task, 1 where right."""
+OUTCOMES = {"answers": ("accuracy", 3, True), "nats": ("nats a byte of the right answer", 4, False)}
+"""What is told of the test questions: its name, decimals, and whether more of it is better."""
+Scores = list[NDArray[np.float64]]
+"""Of one arm: [seeds, questions] of each task."""
 
 
-def answers_of(runs: Sequence[dict[str, Any]], arm: str) -> Answers:
-    """The answers of an arm's runs at its rate, seeds in order; the bare model's one run serves every seed.
+def scores_of(runs: Sequence[dict[str, Any]], arm: str, outcome: str) -> Scores:
+    """An outcome of an arm's runs at its rate, seeds in order; the bare model's one run serves every seed.
 
-    Of the seeds that every arm was tested with.
+    Of the seeds that every arm was tested with that was tested at all.
     """
     if arm == BARE:
         own = [run for run in runs if run["arm"] == BARE]
     else:
         tested = {each: at_its_rate(runs, each) for each in ARMS}
-        seeds = set.intersection(*({run["seed"] for run in those} for those in tested.values()))
+        seeds = set.intersection(*({run["seed"] for run in those} for those in tested.values() if those), set(SEEDS))
         own = sorted((run for run in tested[arm] if run["seed"] in seeds), key=lambda run: run["seed"])
-    return [np.array([run["answers"][task] for run in own], dtype=float) for task in TASKS]
+    return [np.array([run[outcome][task] for run in own if run.get(outcome)], dtype=float) for task in TASKS]
 
 
 def at_its_rate(runs: Sequence[dict[str, Any]], arm: str) -> list[dict[str, Any]]:
@@ -58,8 +62,8 @@ def at_its_rate(runs: Sequence[dict[str, Any]], arm: str) -> list[dict[str, Any]
     return [run for run in runs if run["arm"] == arm and run["lr"] == rate and "answers" in run]
 
 
-def draws_of(arms: Sequence[Answers]) -> NDArray[np.float64]:
-    """The accuracy of each arm in resamples that all arms share, [arms, DRAWS]."""
+def draws_of(arms: Sequence[Scores]) -> NDArray[np.float64]:
+    """The mean score of each arm in resamples that all arms share, [arms, DRAWS]."""
     random = np.random.default_rng(0)
     seeds = max(len(arm[0]) for arm in arms)
     picked = random.integers(0, seeds, (DRAWS, seeds))
@@ -74,38 +78,46 @@ def draws_of(arms: Sequence[Answers]) -> NDArray[np.float64]:
     return means
 
 
-def accuracy(answers: Answers) -> float:
-    return float(np.mean([task.mean() for task in answers]))
+def mean_of(scores: Scores) -> float:
+    return float(np.mean([task.mean() for task in scores]))
 
 
-def verdict(low: float, high: float) -> str:
+def verdict(low: float, high: float, more_is_better: bool) -> str:
     """What a difference's interval allows to say."""
-    return "better" if low > 0 else "worse" if high < 0 else "no difference shown"
+    if low <= 0 <= high:
+        return "no difference shown"
+    return "better" if (low > 0) == more_is_better else "worse"
 
 
-def tables(runs: Sequence[dict[str, Any]]) -> tuple[str, dict[str, tuple[float, float, float]]]:
-    """The tables in Markdown, and (accuracy, low, high) of each arm."""
-    tested = [arm for arm in (BARE, *ARMS) if len(answers_of(runs, arm)[0])]
-    arms = {arm: answers_of(runs, arm) for arm in tested}
-    means = dict(zip(tested, draws_of([arms[arm] for arm in tested]), strict=True))
-    lines = ["| arm | parameters | rate | accuracy | 95 % interval | " + " | ".join(TASKS) + " |"]
+Found = dict[str, tuple[float, float, float]]
+"""(mean, low, high) of each arm."""
+
+
+def tables(runs: Sequence[dict[str, Any]], outcome: str) -> tuple[str, Found]:
+    """Arms and differences in Markdown, and what the plot shows. Empty where no run has the outcome."""
+    name, decimals, more_is_better = OUTCOMES[outcome]
+    arms = {arm: scores_of(runs, arm, outcome) for arm in (BARE, *ARMS)}
+    arms = {arm: scores for arm, scores in arms.items() if len(scores[0])}
+    if not arms:
+        return "", {}
+    means = dict(zip(arms, draws_of(list(arms.values())), strict=True))
+    lines = [f"| arm | parameters | rate | {name} | 95 % interval | " + " | ".join(TASKS) + " |"]
     lines.append("|---" * (5 + len(TASKS)) + "|")
     found = {}
-    for arm in tested:
+    for arm, scores in arms.items():
         parameters = next(r["parameters"] for r in runs if r["arm"] == arm)
         rate = f"{chosen_rate(runs, arm):g}" if arm != BARE else ""
-        each = " | ".join(f"{task.mean():.3f}" for task in arms[arm])
+        each = " | ".join(f"{task.mean():.{decimals}f}" for task in scores)
         low, high = np.quantile(means[arm], [0.025, 0.975])
-        figures = f"{accuracy(arms[arm]):.3f} | {low:.3f} to {high:.3f}"
+        figures = f"{mean_of(scores):.{decimals}f} | {low:.{decimals}f} to {high:.{decimals}f}"
         lines.append(f"| {arm} | {parameters:,} | {rate} | {figures} | {each} |")
-        found[arm] = (accuracy(arms[arm]), float(low), float(high))
-    lines += ["", "| difference | accuracy | 95 % interval | |", "|---|---|---|---|"]
-    for first, second in PAIRS:
-        if first in arms and second in arms:
-            difference = means[first] - means[second]
-            low, high = np.quantile(difference, [0.025, 0.975])
-            mean = accuracy(arms[first]) - accuracy(arms[second])
-            lines.append(f"| {first} − {second} | {mean:+.3f} | {low:+.3f} to {high:+.3f} | {verdict(low, high)} |")
+        found[arm] = (mean_of(scores), float(low), float(high))
+    lines += ["", f"| difference | {name} | 95 % interval | |", "|---|---|---|---|"]
+    for first, second in (pair for pair in PAIRS if set(pair) <= set(arms)):
+        low, high = np.quantile(means[first] - means[second], [0.025, 0.975])
+        difference = f"{mean_of(arms[first]) - mean_of(arms[second]):+.{decimals}f}"
+        interval = f"{low:+.{decimals}f} to {high:+.{decimals}f}"
+        lines.append(f"| {first} − {second} | {difference} | {interval} | {verdict(low, high, more_is_better)} |")
     return "\n".join(lines), found
 
 
@@ -153,9 +165,10 @@ def main() -> None:
     settings = {tuple((key, r[key]) for key in ("model", "threads", *vars(Sizes()))) for r in runs}
     if len(settings) > 1:
         parser.error(f"there are runs of {len(settings)} models or sizes: {settings}")
-    table, found = tables(runs)
-    print(f"Held-out loss by rate:\n\n{tuning(runs)}\n{edges(runs)}\n{table}")
-    plot(found, asked.plot)
+    print(f"Held-out loss by rate:\n\n{tuning(runs)}\n{edges(runs)}")
+    found = {outcome: tables(runs, outcome) for outcome in OUTCOMES}
+    print("\n\n".join(table for table, _ in found.values() if table))
+    plot(found["answers"][1], asked.plot)
 
 
 if __name__ == "__main__":
