@@ -21,9 +21,6 @@ def own_svd_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(autouse=True)
-def log_level_kept() -> Iterator[None]:
-    """The command line sets how much is told; the next test starts as if it had not."""
-    log = logging.getLogger("trimtab")
-    level = log.level
-    yield
-    log.setLevel(level)
+def log_level_unset() -> None:
+    """The command line sets how much is told, fixtures of whole modules too: a test starts as if none had."""
+    logging.getLogger("trimtab").setLevel(logging.NOTSET)
