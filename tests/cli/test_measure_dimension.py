@@ -40,6 +40,9 @@ def test_the_toy_has_dimension_ten(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--projection", "none"], "unknown projection 'none'"),
         (["--mode", "said"], "--mode is for a task with --model"),
         (["--rows", "5"], "--rows is for a task with --model"),
+        (["--grid", "5,9", "--start", "5"], "--start is for a search"),
+        (["--grid", "5,9", "--resolution", "2"], "--resolution is for a search"),
+        (["--projection", "uni", "--diagonal", "sign"], "--diagonal is for fastfood"),
         (["--model", "minilm", "--task", "sst2", "--width", "5"], "--width is for a task without --model"),
         (["--model", "minilm", "--task", "sst2", "--l2", "0"], "--l2 is for a task without --model"),
         *(

@@ -224,6 +224,15 @@ def _refuse_idle(flags: DimensionFlags) -> None:
     if idle:
         kind = "without" if with_model else "with"
         raise UsageError(f"--{idle[0].replace('_', '-')} is for a task {kind} --model or --checkpoints")
+    searching = [name for name in _changed(flags) if name in ("start", "resolution")]
+    if flags.grid is not None and searching:
+        raise UsageError(f"--{searching[0]} is for a search, but --grid names the d to try: leave one of them out")
+    if "diagonal" in _changed(flags) and not _projection(flags).startswith("fastfood"):
+        raise UsageError(f"--diagonal is for fastfood and fastfood-blocks, and the projection is {_projection(flags)}")
+
+
+def _projection(flags: DimensionFlags) -> str:
+    return flags.projection or ("uni" if flags.model is not None or flags.checkpoints else "fastfood-blocks")
 
 
 def _changed(flags: DimensionFlags) -> list[str]:
@@ -255,7 +264,7 @@ def _subject(flags: DimensionFlags) -> Subject:
     from trimtab.subspace.sentences import Setting
     from trimtab.subspace.subject import of_problem, of_sentences
 
-    projection = flags.projection or ("fastfood-blocks" if flags.model is None else "uni")
+    projection = _projection(flags)
     extra = {"diagonal": flags.diagonal} if projection.startswith("fastfood") else {}
     if flags.model is None:
         return of_problem(_maker(flags), functools.partial(_protocol, flags), projection, extra)
