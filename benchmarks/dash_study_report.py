@@ -168,7 +168,8 @@ def main() -> None:
     print(f"Held-out loss by rate:\n\n{tuning(runs)}\n{edges(runs)}")
     found = {outcome: tables(runs, outcome) for outcome in OUTCOMES}
     print("\n\n".join(table for table, _ in found.values() if table))
-    plot(found["answers"][1], asked.plot)
+    if found["answers"][1]:
+        plot(found["answers"][1], asked.plot)
 
 
 if __name__ == "__main__":
