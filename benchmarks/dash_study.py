@@ -48,7 +48,6 @@ from trimtab.train.settings import Settings
 TASKS = ("arc_easy", "arc_challenge", "openbookqa", "boolq")
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 BARE = "no adapter"
-SEEDS = (0, 1, 2)
 TUNING_SEED = 100  # no other run has it
 HELD_OUT_SEED = 1000
 WHOLE = re.compile(
@@ -202,7 +201,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=(*ARMS, BARE), default=[*ARMS, BARE])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "dash_study.jsonl")
     for field in dataclasses.fields(Sizes):

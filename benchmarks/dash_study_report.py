@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from dash_study import ARMS, BARE, RATES, SEEDS, TASKS, TUNING_SEED, Sizes, chosen_rate, stored
+from dash_study import ARMS, BARE, RATES, TASKS, TUNING_SEED, Sizes, chosen_rate, stored
 from numpy.typing import NDArray
 
 DRAWS = 4000
@@ -49,8 +49,9 @@ def scores_of(runs: Sequence[dict[str, Any]], arm: str, outcome: str) -> Scores:
         own = [run for run in runs if run["arm"] == BARE]
     else:
         tested = {each: at_its_rate(runs, each) for each in ARMS}
-        seeds = set.intersection(*({run["seed"] for run in those} for those in tested.values() if those), set(SEEDS))
-        own = sorted((run for run in tested[arm] if run["seed"] in seeds), key=lambda run: run["seed"])
+        seeds = [{run["seed"] for run in those} for those in tested.values() if those]
+        own = [run for run in tested[arm] if all(run["seed"] in each for each in seeds)]
+        own.sort(key=lambda run: run["seed"])
     return [np.array([run[outcome][task] for run in own if run.get(outcome)], dtype=float) for task in TASKS]
 
 
