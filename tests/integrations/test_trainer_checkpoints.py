@@ -89,6 +89,28 @@ def test_the_best_checkpoint_comes_back_at_the_end(tmp_path: Path, whole: Whole)
     assert_equal(values(adapter), values(loaded))
 
 
+@pytest.mark.parametrize(("name", "settled"), [("dash", WARM_UP), ("adalora", 4)])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_best_checkpoint_is_never_of_a_step_before_the_method_has_settled(
+    tmp_path: Path, name: str, settled: int, resumed: bool
+) -> None:
+    every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    # The highest loss stands for the best: it is that of the first steps.
+    worst = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    trainer, _ = make(tmp_path, METHODS[name], **every, **worst)
+    trainer.train()
+    if resumed:
+        trainer, _ = make(tmp_path, METHODS[name], **every, **worst)
+        trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{settled - 1}"))
+    found = {row["step"]: row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row}
+    assert max(found, key=found.__getitem__) < settled
+    best = max(range(settled, STEPS + 1), key=found.__getitem__)
+    assert trainer.state.best_global_step == best < STEPS
+    assert trainer.state.best_metric == found[best]
+    stored, here = read_tensors(tmp_path / f"checkpoint-{best}" / "model.safetensors"), trainer.model.state_dict()
+    assert [key for key, tensor in stored.items() if not torch.equal(here[key], tensor)] == []
+
+
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_other_folders_get_the_whole_model(tmp_path: Path, interrupted: bool) -> None:
     class Stop(TrainerCallback):

@@ -43,10 +43,11 @@ class AdapterCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     when it cannot work in it, before any step). Once a step the gradient of what the method adds to the loss is taken.
     After each optimizer step, outside forward and with the gradients still there, the method's `after_step` is called,
     and the optimizer forgets what it gathered about the parameters that it returns; steps that a gradient scaler skips
-    do not count. The method's learning-rate factors hold while the optimizer steps. A checkpoint gets adapter/, a
-    folder as `Adapter.save` writes it, and its model.safetensors holds what is trained and not the frozen base. A
-    resumed run ends with the same bits as one that was never stopped; UsageError when method or base are others than
-    they were, or when the adapter did not come back as it was.
+    do not count. The method's learning-rate factors hold while the optimizer steps. What is evaluated before the method
+    has settled is never the best model. A checkpoint gets adapter/, a folder as `Adapter.save` writes it, and its
+    model.safetensors holds what is trained and not the frozen base. A resumed run ends with the same bits as one that
+    was never stopped; UsageError when method or base are others than they were, or when the adapter did not come back
+    as it was.
     """
 
     def __init__(self, adapter: Adapter | str = "default") -> None:
@@ -54,6 +55,7 @@ class AdapterCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.saved: dict[str, Any] | None = None
         self._adapter: Adapter | None = None
         self._steps = 0
+        self._settled = False
         self._factors: dict[nn.Parameter, float] = {}
         self._groups: Groups = []
         self._hook: RemovableHandle | None = None
@@ -76,6 +78,7 @@ class AdapterCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             raise UsageError("the Trainer was given more than one AdapterCallback: train one adapter at a time")
         self._steps = _resumed(adapter, saved) if state.global_step else 0
         adapter.prepare(self._steps + state.max_steps - state.global_step)
+        self._settled = adapter.method.settled(self._steps, adapter.weights())
         self._adapter, self._factors = adapter, adapter.lr_factors()
         if hasattr(model, "save_pretrained"):
             SaveTrained.put(model, Path(args.output_dir))
@@ -104,6 +107,14 @@ class AdapterCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._steps += 1
         for parameter in self._adapter.after_step(self._steps):
             optimizer.state.pop(parameter, None)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if self._settled:
+            return
+        assert self._adapter is not None
+        # What was evaluated before this step is of weights that cannot be the run's result.
+        state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        self._settled = self._adapter.method.settled(self._steps, self._adapter.weights())
 
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         if not state.is_world_process_zero:
