@@ -57,6 +57,15 @@ def test_did_is_theta_0_plus_p_theta_d() -> None:
     assert (subspace(x) - model(x)).abs().max() > 1e-2
 
 
+def test_weights_are_kept_within_a_block_alone() -> None:
+    subspace, x = stirred(Subspace.of(reader(), d=20)), tokens(4, 7)
+    before = subspace(x)
+    with subspace.weights_kept():
+        stirred(subspace)
+        torch.testing.assert_close(subspace(x), before, **EXACT)
+    assert not torch.allclose(subspace(x), before)
+
+
 @pytest.mark.parametrize(("layers", "m"), [(None, 5), ("tensor", 13)])
 def test_said_scales_each_layer_and_pays_for_it_out_of_d(layers: str | None, m: int) -> None:
     model, x = reader(), tokens(4, 7)

@@ -7,13 +7,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from tiny_classifier import lines, make_folder, write_table
 from trimtab.cli import run as command
+from trimtab.data.label_batch import pad_labelled
 from trimtab.errors import UsageError
+from trimtab.subspace.reparameterize import Subspace
 from trimtab.subspace.runs import Run
-from trimtab.subspace.sentences import SentenceTrainer, Setting, read_splits
+from trimtab.subspace.sentences import SentenceTrainer, Setting, batch_loss, read_splits
 from trimtab.subspace.subject import of_sentences
+from trimtab.train.loss import class_loss
 
 QUICK = ["--grid", "2,2000", "--seeds", "2", "--workers", "1", "--lr", "1e-2", "--lr-scale", "none", "--epochs", "4"]
 
@@ -43,6 +47,37 @@ def test_a_run_depends_on_its_seed_alone(setting: Setting) -> None:
     assert first == again
     other = dataclasses.replace(SentenceTrainer(setting)(Run(40, 4, 0.1)), seconds=0.0)
     assert other.final_loss != first.final_loss
+
+
+@pytest.mark.parametrize("subspace", [True, False])
+def test_a_batch_in_parts_has_the_gradient_of_the_whole_and_less_padding(setting: Setting, subspace: bool) -> None:
+    trainer = SentenceTrainer(setting)
+    loaded = trainer.load(0)
+    pad, examples = loaded.tokenizer.pad_token_id, trainer._encoded("train", loaded)[:9]
+    net = Subspace.of(loaded.model, d=50) if subspace else loaded.model
+    trained = net.trained() if isinstance(net, Subspace) else list(net.parameters())
+    cells, products = [], []
+    loaded.model.register_forward_pre_hook(
+        lambda module, args, inputs: cells.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+    if isinstance(net, Subspace):
+        net.projection.expand = lambda x, made=net.projection.expand: products.append(x) or made(x)  # type: ignore[method-assign]
+    whole = class_loss(net, pad_labelled(examples, pad)) / len(examples)
+    parts = batch_loss(net, examples, pad)
+    assert sum(cells[1:]) < cells[0]
+    assert len(products) == 2 * subspace, "P θ_d is made once for all parts"
+    torch.testing.assert_close(parts, whole)
+    wanted, found = (torch.autograd.grad(loss, trained, materialize_grads=True) for loss in (whole, parts))
+    size = max(float(own.abs().max()) for own in wanted)
+    for own, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5 * size)  # fp32 sums in another order
+
+
+def test_a_batch_of_one_row_is_a_batch(setting: Setting) -> None:
+    trainer = SentenceTrainer(setting)
+    loaded = trainer.load(0)
+    pad, one = loaded.tokenizer.pad_token_id, trainer._encoded("train", loaded)[:1]
+    torch.testing.assert_close(batch_loss(loaded.model, one, pad), class_loss(loaded.model, pad_labelled(one, pad)))
 
 
 @pytest.mark.parametrize("mode", ["did", "said"])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class Subspace(Offsets):
         start = dict(model.named_parameters())
         super().__init__([start[name].numel() for name in names], *args, **options)
         self.model, self.names = model, tuple(names)
+        self._kept: dict[str, Tensor] | None = None
         self.training = model.training
         for parameter in self.trained():
             parameter.data = parameter.data.to(start[names[0]].device)
@@ -89,8 +91,17 @@ class Subspace(Offsets):
             )
         return functional_call(self.model, dict(weights), args, kwargs, tie_weights=True)
 
+    @contextmanager
+    def weights_kept(self) -> Iterator[None]:
+        """Within the block all calls compute with the weights of its beginning: P θ_d is made once for several."""
+        self._kept = self.weights()
+        try:
+            yield
+        finally:
+            self._kept = None
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call(self.weights(), *args, **kwargs)
+        return self.call(self._kept or self.weights(), *args, **kwargs)
 
 
 def _without(names: Sequence[str], patterns: Sequence[str]) -> list[str]:

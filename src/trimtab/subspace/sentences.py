@@ -14,11 +14,12 @@ import random
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trimtab.adapt.module import modes_kept
 from trimtab.data.label_batch import LabelledBatch, LabelledExample, pad_labelled
@@ -161,8 +162,9 @@ class SentenceTrainer:
         begun = time.perf_counter()
         steps = self._fit(net, trained, train, pad, run)
         seconds = time.perf_counter() - begun
-        final = mean_loss(net, few, class_loss)
-        scores = {name: _accuracy(net, _batches(self._encoded(name, loaded), pad)) for name in SPLITS}
+        with evaluating(net), _weights_kept(net):
+            final = mean_loss(net, few, class_loss)
+            scores = {name: _accuracy(net, _batches(self._encoded(name, loaded), pad)) for name in SPLITS}
         size = sum(p.numel() for p in loaded.model.parameters())
         return Outcome(
             seed=run.seed,
@@ -196,14 +198,13 @@ class SentenceTrainer:
         self, net: nn.Module, trained: list[nn.Parameter], examples: list[LabelledExample], pad: int, run: Run
     ) -> int:
         order, steps = torch.Generator().manual_seed(stream(run.seed, "order")), 0
-        optimizer, device = torch.optim.Adam(trained, lr=run.lr), device_of(net)
+        optimizer = torch.optim.Adam(trained, lr=run.lr)
         with torch.random.fork_rng(), modes_kept(net):
             torch.manual_seed(stream(run.seed, "dropout"))
             net.train()
             for _ in range(self.setting.epochs):
                 for rows in torch.split(torch.randperm(len(examples), generator=order), self.setting.batch_size):
-                    batch = pad_labelled([examples[i] for i in rows.tolist()], pad).to(device)
-                    loss = class_loss(net, batch) / len(rows)
+                    loss = batch_loss(net, [examples[i] for i in rows.tolist()], pad)
                     if not math.isfinite(loss.item()):
                         return steps
                     loss.backward()  # type: ignore[no-untyped-call]
@@ -213,14 +214,29 @@ class SentenceTrainer:
         return steps
 
 
+def batch_loss(net: nn.Module, examples: Sequence[LabelledExample], pad: int) -> Tensor:
+    """The mean loss of a batch, computed in two parts, the shorter rows and the longer ones: less of it is padding."""
+    ordered, half, device = sorted(examples, key=_length), len(examples) // 2, device_of(net)
+    parts = [pad_labelled(part, pad).to(device) for part in (ordered[:half], ordered[half:]) if part]
+    with _weights_kept(net):
+        return torch.stack([class_loss(net, part) for part in parts]).sum() / len(examples)
+
+
 def _batches(examples: Sequence[LabelledExample], pad: int) -> list[LabelledBatch]:
     """Of rows that are alike in length, so that little is padded."""
-    ordered = sorted(examples, key=lambda example: len(example.input_ids))
+    ordered = sorted(examples, key=_length)
     return [pad_labelled(ordered[i : i + SCORED_ROWS], pad) for i in range(0, len(ordered), SCORED_ROWS)]
+
+
+def _length(example: LabelledExample) -> int:
+    return len(example.input_ids)
 
 
 def _accuracy(net: nn.Module, batches: Sequence[LabelledBatch]) -> float:
     device = device_of(net)
-    with evaluating(net):
-        right = sum(int((class_logits(net, b.to(device)).argmax(1) == b.targets.to(device)).sum()) for b in batches)
+    right = sum(int((class_logits(net, b.to(device)).argmax(1) == b.targets.to(device)).sum()) for b in batches)
     return right / sum(len(batch.targets) for batch in batches)
+
+
+def _weights_kept(net: nn.Module) -> AbstractContextManager[None]:
+    return net.weights_kept() if isinstance(net, Subspace) else nullcontext()
