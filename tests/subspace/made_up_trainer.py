@@ -15,10 +15,14 @@ from trimtab.subspace.training import Outcome
 D = 100_000
 
 
-def train(run: Run, *, d90: float, notes: Path | None, seconds: float, baseline: float, diverges: bool) -> Outcome:
+def train(
+    run: Run, *, d90: float, notes: Path | None, seconds: float, baseline: float, diverges: bool, paired: bool
+) -> Outcome:
     if notes is not None:
         with notes.open("a") as file:
             file.write(f"{run.d} {run.seed} {os.getpid()}\n")
+        if paired:
+            wait_for_another(notes)
     time.sleep(seconds)
     shift = 1 + 0.02 * (run.seed % 3 - 1)
     score = baseline
@@ -28,11 +32,24 @@ def train(run: Run, *, d90: float, notes: Path | None, seconds: float, baseline:
     return Outcome(run.seed, run.d or D, run.lr, score, score, score, 2.0, 3.0 if bad else 0.1, 1.0, 10, bad)
 
 
+def wait_for_another(notes: Path) -> None:
+    """Return when the run of an odd line has one after it. TimeoutError when none comes."""
+    own, end = len(notes.read_text().splitlines()), time.monotonic() + 20
+    while len(notes.read_text().splitlines()) < own + own % 2:
+        if time.monotonic() > end:
+            raise TimeoutError(f"no run was begun beside number {own}")
+        time.sleep(0.01)
+
+
 def trainer(
     d90: float = 700.0,
     notes: Path | None = None,
     seconds: float = 0.0,
     baseline: float = 1.0,
     diverges: bool = False,
+    paired: bool = False,
 ) -> Callable[[Run], Outcome]:
-    return functools.partial(train, d90=d90, notes=notes, seconds=seconds, baseline=baseline, diverges=diverges)
+    """paired: every two runs are to be under way at once."""
+    return functools.partial(
+        train, d90=d90, notes=notes, seconds=seconds, baseline=baseline, diverges=diverges, paired=paired
+    )

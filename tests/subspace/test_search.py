@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import made_up_trainer
@@ -114,6 +114,13 @@ def test_two_workers_find_the_same(tmp_path: Path) -> None:
     assert len({line.split()[2] for line in notes.read_text().splitlines()}) == 2
 
 
+@pytest.mark.parametrize("rates", [(1.0,), (0.5, 1.0)])
+def test_no_worker_is_idle_while_it_is_certain_what_comes_next(rates: tuple[float, ...], tmp_path: Path) -> None:
+    plan = {"seeds": 1, "grid": (100, 500, 900), "rates": rates}
+    assert found(runs(tmp_path, 2, notes=tmp_path / "notes", paired=True), **plan) == found(runs(), **plan)
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 4 * (1 if len(rates) == 1 else 3)
+
+
 SEARCH = """
 import functools, sys
 from pathlib import Path
@@ -122,26 +129,35 @@ import made_up_trainer
 from trimtab.subspace.runs import Runs
 from trimtab.subspace.search import Plan, measure
 make = functools.partial(made_up_trainer.trainer, notes=Path({notes!r}), seconds=0.1)
-runs = Runs(make, {{"task": "made up"}}, Path({folder!r}))
-measure(runs, made_up_trainer.D, Plan(), scored="test", chance=0.1, examples=100)
+if __name__ == "__main__":
+    runs = Runs(make, {{"task": "made up"}}, Path({folder!r}), workers={workers})
+    measure(runs, made_up_trainer.D, Plan(), scored="test", chance=0.1, examples=100)
 """
 
 
-def test_a_killed_search_goes_on_where_it_was(tmp_path: Path) -> None:
-    notes, folder = tmp_path / "notes", tmp_path / "search"
-    script = SEARCH.format(tests=str(Path(__file__).parent), notes=str(notes), folder=str(folder))
-    process = subprocess.Popen([sys.executable, "-c", script])
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_search_goes_on_where_it_was(stop: signal.Signals, workers: int, tmp_path: Path) -> None:
+    notes, folder, script = tmp_path / "notes", tmp_path / "search", tmp_path / "search.py"
+    tests = str(Path(__file__).parent)
+    script.write_text(SEARCH.format(tests=tests, notes=str(notes), folder=str(folder), workers=workers))
+    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, start_new_session=True)
     end = time.monotonic() + 60
     while (not notes.exists() or len(notes.read_text().splitlines()) < 6) and time.monotonic() < end:
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    begun = len(notes.read_text().splitlines())
+    os.kill(process.pid, stop)
+    try:
+        process.communicate(timeout=60)  # until nobody holds the pipe: the workers have ended too
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    begun, kept = (len(path.read_text().splitlines()) for path in (notes, folder / "runs.jsonl"))
+    assert kept >= begun - 2 * workers, "each has one under way, and may have ended one"
     with (folder / "runs.jsonl").open("a") as file:
         file.write('{"run": {"d"')  # as a kill in the middle of writing leaves it
     assert found(runs(folder, notes=notes)) == found(runs())
     whole = len(found(runs()).scores) * 3 + 3
-    assert len(notes.read_text().splitlines()) - begun in (whole - begun, whole - begun + 1)
+    assert len(notes.read_text().splitlines()) - begun == whole - kept
 
 
 def test_runs_of_another_search_are_refused(tmp_path: Path) -> None:
@@ -161,6 +177,13 @@ def test_a_threshold_that_guessing_reaches_is_refused() -> None:
         found(runs(baseline=0.75), chance=0.68)
     with pytest.raises(NoDimension, match="any d would pass"):
         found(runs(), chance=0.5, threshold=Threshold("absolute", 0.505))
+
+
+@pytest.mark.parametrize("mode", ["global", "absolute"])
+def test_a_threshold_that_is_known_beforehand_is_refused_before_any_training(mode: str, tmp_path: Path) -> None:
+    with pytest.raises(NoDimension, match="any d would pass"):
+        found(runs(notes=tmp_path / "notes"), chance=0.5, threshold=Threshold(mode, 0.505))
+    assert not (tmp_path / "notes").exists()
 
 
 def test_a_baseline_that_diverged_is_refused() -> None:

@@ -6,7 +6,9 @@ import concurrent.futures
 import dataclasses
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +56,7 @@ class Runs:
         self._make, self._folder, self._workers, self._threads, self._told = make, folder, workers, threads, told
         self._trainer: Trainer | None = None
         self._pool: concurrent.futures.ProcessPoolExecutor | None = None
+        self._begun: dict[concurrent.futures.Future[Outcome], Run] = {}
         self._known: dict[Run, Outcome] = {}
         if folder is not None:
             self._open(folder, json.loads(json.dumps(about)))
@@ -76,6 +79,15 @@ class Runs:
                 raise FormatError(f"{folder / RUNS} line {number} is no run of a search: empty {folder}") from error
             self._known[run] = outcome
 
+    def begin(self, wanted: Iterable[Run]) -> None:
+        """Let the workers start on runs that will be asked for, so that none is idle. One alone begins nothing early:
+        `wanted` is not looked at then."""
+        if self._workers == 1:
+            return
+        for run in wanted:
+            if run not in self._known and run not in self._begun.values():
+                self._begun[self._workers_pool().submit(_train, run)] = run
+
     def outcomes(self, wanted: Iterable[Run]) -> list[Outcome]:
         """Of each run, in the order asked for; those that are not there yet are trained, `workers` at a time."""
         runs = list(wanted)
@@ -93,12 +105,23 @@ class Runs:
         return self._known
 
     def _trained(self, missing: Sequence[Run]) -> Iterator[tuple[Run, Outcome]]:
+        """The missing runs as they end, and others that were begun."""
         if self._workers == 1:
             with _threads(self._threads):
                 self._trainer = self._trainer or self._make()
                 for run in missing:
                     yield run, self._trainer(run)
             return
+        self.begin(missing)
+        left = set(missing)
+        while left:
+            ended, _ = concurrent.futures.wait(self._begun, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in ended:
+                run = self._begun.pop(future)
+                left.discard(run)
+                yield run, future.result()
+
+    def _workers_pool(self) -> concurrent.futures.ProcessPoolExecutor:
         if self._pool is None:
             self._pool = concurrent.futures.ProcessPoolExecutor(
                 self._workers,
@@ -106,9 +129,7 @@ class Runs:
                 initializer=_start,
                 initargs=(self._make, self._threads),
             )
-        waiting = {self._pool.submit(_train, run): run for run in missing}
-        for done in concurrent.futures.as_completed(waiting):
-            yield waiting[done], done.result()
+        return self._pool
 
     def _keep(self, run: Run, outcome: Outcome) -> None:
         if self._folder is None:
@@ -128,6 +149,7 @@ class Runs:
                 process.terminate()
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
+            self._begun.clear()
 
 
 @contextmanager
@@ -148,6 +170,7 @@ _own: Trainer | None = None  # of a worker process
 
 def _start(make: Callable[[], Trainer], threads: int) -> None:
     global _own
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     import torch
 
@@ -156,6 +179,14 @@ def _start(make: Callable[[], Trainer], threads: int) -> None:
     keep_freed_memory()
     torch.set_num_threads(threads)
     _own = make()
+
+
+def _end_with_parent() -> None:
+    """Wait until the process of the search is gone, however it ended, and go too: nobody would keep the runs."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def _train(run: Run) -> Outcome:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -165,10 +165,14 @@ def measure(
     wrong = [d for d in (*plan.grid, plan.start or 1) if not 1 <= d <= D]
     if wrong:
         raise UsageError(f"d is {wrong[0]}, but must be at least 1 and at most D = {D:,}, all parameters")
+    if plan.threshold.mode != "local":  # it is known before anything is trained
+        _refuse_chance(plan.threshold.value, chance, examples, plan.threshold)
+    search.ahead([None, search.first])
     baseline = search.baseline()
     wanted = plan.threshold.of(baseline)
     _refuse_chance(wanted, chance, examples, plan.threshold)
     if plan.grid:
+        search.ahead(plan.grid)
         for d in plan.grid:
             search.mean(d)
     else:
@@ -200,6 +204,18 @@ class _Search:
         self.rates: dict[int, float] = {}
         self.diverged = 0
 
+    @property
+    def first(self) -> int:
+        """The d that is tried first."""
+        return self.plan.grid[0] if self.plan.grid else self.plan.start or max(1, round(math.sqrt(self.D)))
+
+    def ahead(self, ds: Sequence[int | None]) -> None:
+        """Let the workers start on all that these d are certain to need."""
+        for d in ds:
+            self.runs.begin(self.sweep(d))
+        for d in ds:
+            self.runs.begin(self.repeats(d))
+
     def baseline(self) -> list[float]:
         """Scores of training all parameters. NoDimension where one diverged."""
         self.at("all parameters")
@@ -225,7 +241,7 @@ class _Search:
 
     def bracket_and_halve(self, wanted: float) -> None:
         """Train at d until the threshold lies between two that are near one another."""
-        low, high = 0, self.plan.start or max(1, round(math.sqrt(self.D)))
+        low, high = 0, self.first
         if self.mean(high) >= wanted:
             while high > 1 and not low:
                 below = max(1, high // FACTOR)
@@ -253,18 +269,32 @@ class _Search:
 
     def trained(self, d: int | None) -> list[Outcome]:
         """The runs of all seeds, at the learning rate for d."""
+        self.rates[d or self.D] = self.rate(d)
+        return self.runs.outcomes(self.repeats(d))
+
+    def repeats(self, d: int | None) -> Iterator[Run]:
+        """A run for each seed. The learning rate is chosen when the first is asked for."""
         rate = self.rate(d)
-        self.rates[d or self.D] = rate
-        return self.runs.outcomes(Run(d, seed, rate) for seed in range(self.plan.seeds))
+        for seed in range(self.plan.seeds):
+            yield Run(d, seed, rate)
+
+    def sweep(self, d: int | None) -> list[Run]:
+        """The runs that the learning rate for d is chosen by; none where there is no choice."""
+        rates = self.scaled(d)
+        return [Run(d, SWEEP_SEED, rate) for rate in rates] if len(rates) > 1 else []
 
     def rate(self, d: int | None) -> float:
         """The learning rate in d dimensions: scaled, and the best of the plan's multiples."""
-        scale = math.sqrt(self.D / d) if d and self.plan.lr_scale == "sqrt" else 1.0
-        rates: Sequence[float] = [self.plan.lr * scale * multiple for multiple in self.plan.rates]
-        if len(rates) == 1:
+        rates = self.scaled(d)
+        tried = self.runs.outcomes(self.sweep(d))
+        if not tried:
             return rates[0]
-        tried = self.runs.outcomes(Run(d, SWEEP_SEED, rate) for rate in rates)
         return max(zip(rates, tried, strict=True), key=lambda pair: (not pair[1].diverged, pair[1].validation))[0]
+
+    def scaled(self, d: int | None) -> list[float]:
+        """The learning rates to choose from in d dimensions."""
+        scale = math.sqrt(self.D / d) if d and self.plan.lr_scale == "sqrt" else 1.0
+        return [self.plan.lr * scale * multiple for multiple in self.plan.rates]
 
     def score(self, outcome: Outcome) -> float:
         """On the split that counts."""
