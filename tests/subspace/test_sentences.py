@@ -111,6 +111,54 @@ def test_what_is_missing_is_said(setting: Setting, tmp_path: Path) -> None:
         SentenceTrainer(dataclasses.replace(setting, test=str(alone)))
 
 
+def test_every_wrong_number_is_named_at_once(setting: Setting) -> None:
+    wrong = {"rows": 0, "test_rows": -5, "epochs": 0, "batch_size": 0, "max_length": 0, "mode": "sade"}
+    with pytest.raises(UsageError, match="6 problems") as told:
+        dataclasses.replace(setting, **wrong)
+    assert all(f"{name} is " in str(told.value) for name in wrong)
+    assert "rows is -5, but must be at least 1" in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        (("--rows", "0"), "rows is 0, but must be at least 1"),
+        (("--test-rows", "-5"), "test_rows is -5"),
+        (("--batch-size", "0"), "batch_size is 0"),
+        (("--epochs", "0"), "epochs is 0"),
+    ],
+)
+def test_a_wrong_number_is_refused_before_the_model_is_loaded(
+    setting: Setting, flag: tuple[str, str], said: str, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr(SentenceTrainer, "load", lambda *args: pytest.fail("the model is loaded"))
+    given = ["--model", setting.model, "--task", str(setting.data), "--test-data", str(setting.test), *flag]
+    assert command(["measure", "dimension", *given]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("few", "said"),
+    [
+        ({"rows": 1}, "the train split has no row of class . in its 1 rows"),
+        ({"test_rows": 1}, "the validation split has no row of class . in its 1 rows"),
+    ],
+)
+def test_a_class_that_sampling_leaves_out_is_told(setting: Setting, few: dict[str, int], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        read_splits(dataclasses.replace(setting, **few))
+
+
+def test_a_class_that_one_file_lacks_is_told(setting: Setting, tmp_path: Path) -> None:
+    two = lines(40)
+    three = write_table(tmp_path / "three.tsv", [("2" if i % 3 == 0 else row[0], row[1]) for i, row in enumerate(two)],
+                        labels=("0", "1", "2"))  # fmt: skip
+    with pytest.raises(UsageError, match="the test split has no row of class 2 in its 40 rows"):
+        read_splits(dataclasses.replace(setting, data=str(three)))
+    with pytest.raises(UsageError, match=r"three\.tsv line 2 has the label '2', but the classes are 0, 1"):
+        read_splits(dataclasses.replace(setting, test=str(three)))
+
+
 @pytest.mark.parametrize(
     ("task", "data", "said"),
     [

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from trimtab.adapt.module import modes_kept
 from trimtab.data.label_batch import LabelledBatch, LabelledExample, pad_labelled
-from trimtab.data.labelled import LabelledRow, hold_out
-from trimtab.errors import UsageError
+from trimtab.data.labelled import LabelledRow, check_classes, hold_out
+from trimtab.errors import UsageError, problems_to_error
 from trimtab.files import name_of
 from trimtab.models.classifier import Classifier, load_classifier
+from trimtab.subspace.offsets import groups_of
 from trimtab.subspace.problem import SPLITS, stream
 from trimtab.subspace.reparameterize import Subspace
 from trimtab.subspace.runs import Run
@@ -68,6 +69,15 @@ class Setting:
     batch_size: int = 32
     max_length: int = 128
 
+    def __post_init__(self) -> None:
+        counts = {key: getattr(self, key) for key in ("rows", "test_rows", "epochs", "batch_size", "max_length")}
+        problems = [f"{key} is {n}, but must be at least 1" for key, n in counts.items() if n is not None and n < 1]
+        try:
+            groups_of(self.mode, self.layers, ())
+        except UsageError as error:
+            problems.append(str(error))
+        problems_to_error(problems, "training on sentences")
+
     def about(self) -> dict[str, Any]:
         """What runs depend on besides d, seed and learning rate, as plain values; files by their names."""
         plain = dataclasses.asdict(self)
@@ -95,7 +105,10 @@ class Splits:
 
 
 def read_splits(setting: Setting) -> Splits:
-    """The rows that a setting names. UsageError for files that are not there, and classes missing from a split."""
+    """The rows that a setting names.
+
+    UsageError for files that are not there, and for a class without a row among those of a split that are taken.
+    """
     task = Classification(setting.task)
     known = KNOWN.get(setting.task)
     if known is None and setting.task != "classification":
@@ -109,17 +122,29 @@ def read_splits(setting: Setting) -> Splits:
     if known and files("train") == files("test"):
         raise UsageError(f"{setting.task} is not to be scored on what it learns: give the folder with its files")
     rows = task.rows(files("train"))
-    test = task.rows(files("test") if known else Path(str(setting.test)).expanduser())
+    scored = files("test") if known else Path(str(setting.test)).expanduser()
+    test = task.rows(scored)
     classes = task.classes or tuple(sorted({row.label for row in rows}))
-    missing = [label for label in classes if label not in {row.label for row in test}]
-    if missing:
-        raise UsageError(f"the split that is scored has no row of class {missing[0]}")
+    check_classes(test, classes, scored.name, each=False)
     if known and "dev" in known.splits:
         validation = task.rows(files("dev"))
     else:
         rows, validation = hold_out(rows, HELD_OUT, 0)
     few = setting.test_rows
-    return Splits(classes, _some(rows, setting.rows), _some(validation, few), _some(test, few))
+    splits = Splits(classes, _some(rows, setting.rows), _some(validation, few), _some(test, few))
+    _refuse_missing_classes(splits)
+    return splits
+
+
+def _refuse_missing_classes(splits: Splits) -> None:
+    for name in SPLITS:
+        own = getattr(splits, name)
+        missing = [label for label in splits.classes if label not in {row.label for row in own}]
+        if missing:
+            raise UsageError(
+                f"the {name} split has no row of class {', '.join(missing)} in its {len(own):,} rows, so an accuracy "
+                "on it means little: take more rows"
+            )
 
 
 def _some(rows: Sequence[LabelledRow], count: int | None) -> tuple[LabelledRow, ...]:
