@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from random_changes import a_change, some_changes
-from torch import Tensor
+from torch import Tensor, nn
 
 import trimtab
 from toys import MODULES, built, holder, numbers, small, stir
@@ -27,6 +27,7 @@ from trimtab.analyze.lifts import against, by_shape, layer_of
 from trimtab.analyze.overlap import compare, compare_all, group
 from trimtab.analyze.picks import picks
 from trimtab.analyze.sharing import share
+from trimtab.deltas import make_method
 from trimtab.deltas.core_bases import change_rates, core_bases
 from trimtab.errors import UsageError
 
@@ -203,6 +204,38 @@ def test_noise_is_never_called_a_prediction() -> None:
         assert not predicts
         assert "not more than noise gives" in sentence
         assert "two random changes" in sentence
+
+
+def test_that_two_changes_read_the_same_inputs_is_no_finding() -> None:
+    """Adapters of one seed begin with the same A: whatever B learns, they pick many of the same directions."""
+    above_random = 0
+    for seed in range(6):
+        first, second = (some_changes(30, seed + 100 * n, rank=1, seed_of_A=seed) for n in (1, 2))
+        found = group("64×96", compare_all(first, second, seed=seed), 8)
+        above_random += found.accuracy["random"].answer == "more"
+        assert found.accuracy["same_A"].answer == "no more"
+        assert not found.predicts
+        (pair,) = look_at_pairs([Source(str(n), "d", "adapter", some) for n, some in enumerate((first, second))])
+        assert pair.shapes[0].share.answer == "no more"
+    assert above_random == 6
+
+
+@pytest.mark.parametrize("method", ["lora-xs", "pissa", "milora"])
+def test_changes_within_a_few_of_the_weights_own_directions_predict_nothing(method: str) -> None:
+    """Their A is made of W's singular vectors, so that any two of them move the same few directions."""
+    layers = nn.ModuleList(nn.Linear(48, 64, bias=False) for _ in range(12))
+    for seed, layer in enumerate(layers):
+        layer.weight.data = numbers(64, 48, seed=seed)
+    changes = []
+    for seed in (100, 200):
+        adapter = stir(trimtab.attach(layers, make_method(method, rank=16), targets="re:.*"), seed=seed, size=0.02)
+        changes.append(project_all(of_adapter(adapter)))
+        adapter.remove()
+    found = group("64×48", compare_all(*changes), 8)
+    assert found.accuracy["random"].answer == "more"
+    assert not found.predicts, found.verdict()
+    (pair,) = look_at_pairs([Source(str(n), "d", "adapter", some) for n, some in enumerate(changes)])
+    assert pair.shapes[0].share.answer != "more"
 
 
 def test_a_planted_signal_is_told() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from toys import numbers
 from trimtab.analyze.changes import Changed, StoredTensors
-from trimtab.analyze.directions import Projected, project_all, scores, shared, top
+from trimtab.analyze.directions import Projected, project, project_all, scores, shared, top
 from trimtab.analyze.nulls import random_along, random_picks, random_rates
 from trimtab.analyze.overlap import compare, compare_all
 from trimtab.deltas.core_bases import core_bases
@@ -20,32 +20,35 @@ from trimtab.models.convert import cache_folder
 from trimtab.models.embedded import EMBEDDED
 
 
-def dense_draws(bases: tuple[Tensor, Tensor], rank: int | None, count: int) -> np.ndarray:
-    """cᵢ of random changes that are really made, [count, n]."""
+def dense_draws(bases: tuple[Tensor, Tensor], rank: int | None, count: int, A: Tensor | None) -> np.ndarray:
+    """cᵢ of random changes that are really made, [count, n]. A: [rank, in], kept in all of them."""
     U, V = bases
     generator = torch.Generator().manual_seed(4)
     if rank is None:
         made = torch.randn(count, len(U), len(V), generator=generator)
     else:
         B = torch.randn(count, len(U), rank, generator=generator)
-        made = B @ torch.randn(count, rank, len(V), generator=generator)
+        made = B @ (torch.randn(count, rank, len(V), generator=generator) if A is None else A)
     return (U.T @ made @ V).diagonal(dim1=1, dim2=2).numpy()
 
 
-@pytest.mark.parametrize("rank", [None, 1, 3])
+@pytest.mark.parametrize(("rank", "keeps_A"), [(None, False), (1, False), (3, False), (1, True), (3, True)])
 @pytest.mark.parametrize("shape", [(12, 12), (12, 20), (20, 12)])
-def test_the_shortcut_draws_what_random_matrices_give(shape: tuple[int, int], rank: int | None) -> None:
+def test_the_shortcut_draws_what_random_matrices_give(shape: tuple[int, int], rank: int | None, keeps_A: bool) -> None:
     count = 3000
     weight = numbers(*shape, seed=1)
     U, sigma, V = core_bases(weight)
-    made = dense_draws((U, V), rank, count)
-    drawn = random_along(np.random.default_rng(5), count, 12, rank)
-    like = Projected("w", shape, rank, sigma.double().numpy(), np.ones(12))
+    A = numbers(rank, shape[1], seed=7) if keeps_A and rank else None
+    made = dense_draws((U, V), rank, count, A)
+    inputs = None if A is None else project(Changed("w", weight, lambda: (numbers(shape[0], len(A)), A))).inputs
+    drawn = random_along(np.random.default_rng(5), count, 12, rank, inputs)
+    like = Projected("w", shape, rank, sigma.double().numpy(), np.ones(12), inputs)
     rates = [np.abs(c) / sigma.numpy() for c in (made, drawn)]
     statistics = {
         "size": [np.abs(c).mean(1) for c in (made, drawn)],
         "square": [(c**2).mean(1) for c in (made, drawn)],
         "small": [(np.abs(c) < 0.3).mean(1) for c in (made, drawn)],  # heavier tails go with a sharper peak
+        "last": [np.abs(c[:, -1]) for c in (made, drawn)],
         "together": [(c[:, 0] ** 2 - 1) * (c[:, 1] ** 2 - 1) for c in (made, drawn)],
         "smallest picked": [shared(top(r, 3), np.arange(9, 12)) for r in rates],
         "meeting": [scores(top(r[: count // 2], 3), top(r[count // 2 :], 6), 3).accuracy for r in rates],
@@ -112,10 +115,10 @@ def test_random_changes_overlap_on_real_weights_as_much_as_was_reported_of_train
     smollm2: StoredTensors, kind: str, accuracy: float, recall: float
 ) -> None:
     """Square weights give the accuracy of three quarters that is reported of adapters; wide ones far less."""
-    paths = [f"model.layers.{layer}.{kind}" for layer in (6, 14, 22)]
+    paths = [f"model.layers.{layer}.{kind}" for layer in range(0, 30, 3)]
     weights = {path: smollm2[f"{path}.weight"] for path in paths}
     changes = [Changed(path, weight, lambda w=weight: numbers(*w.shape)) for path, weight in weights.items()]
     found = [compare(change, change) for change in project_all(changes).values()]
-    # Layers differ with standard deviations of 0.02 (q) to 0.06 (k, down), so means of three by up to 0.035.
-    assert np.mean([o.nulls["random"].accuracy for o in found]) == pytest.approx(accuracy, abs=0.09)
-    assert np.mean([o.nulls["random"].recall for o in found]) == pytest.approx(recall, abs=0.09)
+    # Layers differ with standard deviations of 0.02 (q) to 0.06 (k, down), so means of ten by up to 0.02: twice that.
+    assert np.mean([o.nulls["random"].accuracy for o in found]) == pytest.approx(accuracy, abs=0.04)
+    assert np.mean([o.nulls["random"].recall for o in found]) == pytest.approx(recall, abs=0.04)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 import trimtab as package
 from trimtab.models.load import load
@@ -56,6 +58,12 @@ def test_an_adapter_is_measured_against_a_full_one(trimtab, model, adapters, ref
     weights = adapter["picked"]["weights"]
     assert {weight["rank"] for weight in weights} == {4}
     assert all(len(weight["picked"]) == 4 for weight in weights)
+    every = load_file(out / "projections.safetensors")
+    assert len(every) == 14 + 14 + 4
+    for weight in weights:
+        along = every[f"sql/{weight['path']}.along"]
+        np.testing.assert_allclose(along[weight["picked"]], weight["projections"], rtol=1e-6)
+        assert every[f"{weight['path']}.sigma"].shape == along.shape == (min(weight["shape"]),)
 
 
 def test_a_fine_tuned_model_and_its_change_as_an_adapter_are_the_same_reference(trimtab, model, adapters, references):

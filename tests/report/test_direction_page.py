@@ -100,7 +100,8 @@ def test_no_figure_of_a_table_stands_without_its_nulls(findings: Findings) -> No
     assert first[0] == "a <b> accuracy"
     assert first[2] == f"{figures['random'].found:.2f}"
     assert first[3].startswith(f"{figures['random'].null:.2f} ± ")
-    assert first[6] == f"{8 / 24:.3f}"
+    assert first[4].startswith(f"{figures['same_A'].null:.2f} ± ")
+    assert first[7] == f"{8 / 24:.3f}"
     assert sharing_table(findings).rows[0][-1] == f"{4 / 24:.3f}"
     kinds = [row[0] for row in overlap_tables(Findings("tiny", 4, 100, 0, findings.found[:1]))[0].rows]
     assert kinds == ["accuracy", "k accuracy", "v accuracy", "recall", "k recall", "v recall"]

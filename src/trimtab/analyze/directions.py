@@ -30,7 +30,8 @@ Indices = NDArray[np.int64]
 class Projected(NamedTuple):
     """A change along the core directions of its weight, in the order of σ descending.
 
-    shape: (out, in). rank: of the factors of ΔW; None for a dense one. sigma, along: [n], σᵢ and cᵢ = uᵢᵀ ΔW vᵢ.
+    shape: (out, in). rank: of the factors of ΔW = B A; None for a dense one. sigma, along: [n], σᵢ and cᵢ = uᵢᵀ ΔW vᵢ.
+    inputs: [n], ‖A vᵢ‖, how much of a direction's input the change reads; None for a dense one.
     """
 
     path: str
@@ -38,6 +39,7 @@ class Projected(NamedTuple):
     rank: int | None
     sigma: Numbers
     along: Numbers
+    inputs: Numbers | None = None
 
     @property
     def rates(self) -> Numbers:
@@ -100,20 +102,22 @@ def project(changed: Changed) -> Projected:
     Raises UsageError for a change that is not finite. The core bases come from disk where they are.
     """
     bases = core_bases(changed.weight)
-    along, rank = _along(bases, changed.change())
+    along, rank, inputs = _along(bases, changed.change())
     if not bool(along.isfinite().all()):
         raise UsageError(f"the change of {changed.path} is not finite")
     shape = (changed.weight.shape[0], changed.weight.shape[1])
-    return Projected(changed.path, shape, rank, bases.sigma.double().numpy(), along.double().numpy())
+    read = None if inputs is None else inputs.double().numpy()
+    return Projected(changed.path, shape, rank, bases.sigma.double().numpy(), along.double().numpy(), read)
 
 
-def _along(bases: CoreBases, change: Change) -> tuple[Tensor, int | None]:
-    """cᵢ = uᵢᵀ ΔW vᵢ, [n], and the rank of the factors. Costs r n (out + in) with them, else n out in."""
+def _along(bases: CoreBases, change: Change) -> tuple[Tensor, int | None, Tensor | None]:
+    """cᵢ = uᵢᵀ ΔW vᵢ [n], the rank of the factors, and ‖A vᵢ‖ [n]. Costs r n (out + in) with factors, else n out in."""
     if isinstance(change, Tensor):
-        return (bases.U * (change.detach().float().cpu() @ bases.V)).sum(0), None
+        return (bases.U * (change.detach().float().cpu() @ bases.V)).sum(0), None, None
     B, A = (factor.detach().float().cpu() for factor in change)
     used = B.any(0) & A.any(1)  # LoRA-Dash has columns of zeros until its directions are chosen
-    return ((bases.U.T @ B) * (A @ bases.V).T).sum(1), int(used.sum())
+    read = A[used] @ bases.V
+    return ((bases.U.T @ B[:, used]) * read.T).sum(1), int(used.sum()), read.norm(dim=0)
 
 
 def project_all(changes: Sequence[Changed], progress: OnProgress | None = None) -> dict[str, Projected]:

@@ -16,9 +16,10 @@ from trimtab.analyze.nulls import generator_for, random_picks
 from trimtab.deltas.method import OnProgress
 from trimtab.errors import UsageError
 
-NULLS = ("random", "prediction", "smallest", "chance")
-"""random: two independent random changes. prediction: a random one against the actual directions. smallest: the s
-smallest σ against the actual directions. chance: s directions drawn at random."""
+NULLS = ("random", "same_A", "prediction", "smallest", "chance")
+"""random: two independent random changes. same_A: two that keep their own A, where they have one. prediction: one that
+does against the actual directions. smallest: the s smallest σ against the actual directions. chance: s directions drawn
+at random."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,19 @@ def compare(predicted: Projected, actual: Projected, directions: int = 8, draws:
     check_draws(draws)
     n, twice = len(actual.sigma), 2 * directions
     generator = generator_for(seed, predicted.path)
-    random = random_picks(predicted, generator, draws, directions)
-    other = random_picks(actual, generator, draws, twice)
+    drawn, kept = (
+        (
+            random_picks(predicted, generator, draws, directions, keep=keep),
+            random_picks(actual, generator, draws, twice, keep=keep),
+        )
+        for keep in (False, True)
+    )
     mine, true = predicted.picked(directions), actual.picked(twice)
     smallest = np.arange(n - 1, n - 1 - directions, -1)
     nulls = {
-        "random": scores(random, other, directions),
-        "prediction": scores(random, true, directions),
+        "random": scores(*drawn, directions),
+        "same_A": scores(*kept, directions),
+        "prediction": scores(kept[0], true, directions),
         "smallest": _one(scores(smallest, true, directions)),
         "chance": Scores(np.array([min(1.0, twice / n)]), np.array([directions / n])),
     }
@@ -102,6 +109,7 @@ class Group:
         """What a null is, in words."""
         return {
             "random": "two random changes",
+            "same_A": "two that keep A",
             "prediction": "a random prediction",
             "smallest": f"the {self.directions} smallest σ",
             "chance": "chance",

@@ -19,7 +19,7 @@ ROLE = 1  # of the random numbers
 
 @dataclass(frozen=True)
 class Picks:
-    """The picked directions of one weight, FIGURES of them, and of random changes of the same kind and rank, [draws].
+    """The picked directions of one weight, FIGURES of them, and of random changes of the same kind and A, [draws].
 
     rates, along: δᵢ and cᵢ of the picked ones; the one that changes most stands first.
     """

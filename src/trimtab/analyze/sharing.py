@@ -21,7 +21,7 @@ class Shared:
     """The directions that two changes of one weight share.
 
     cells [s, s]: 1 where the i-th direction of the first is the j-th of the second. random [s, s]: how often that is
-    so of two random changes. found: the share of the s directions that both have; null: of random changes, [draws].
+    so of two random changes that keep A. found: the share of the s directions that both have; null: of those, [draws].
     """
 
     path: str

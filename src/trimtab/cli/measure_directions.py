@@ -27,7 +27,7 @@ class DirectionsFlags(ModelName):
     draws: int = option(100, "random changes of each weight that a null is made of")
     seed: int = option(0, "of the random changes")
     any_base: bool = option(False, ANY_BASE)
-    out: str | None = option(None, "folder for results.json and the page report.html")
+    out: str | None = option(None, "folder for results.json, projections.safetensors and the page report.html")
 
 
 def run(name: str, summary: str, argv: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""`write_directions`: one measurement of directions as results.json and one self-contained page."""
+"""`write_directions`: one measurement of directions as results.json, a file of tensors and one self-contained page."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from trimtab.analyze.findings import Findings, Source
 from trimtab.files import write_whole
@@ -16,12 +18,30 @@ from trimtab.report.template import check_plots, filled
 
 
 def write_directions(findings: Findings, out: Path) -> Path:
-    """Write results.json and report.html into a folder; returns the page.
+    """Write results.json, projections.safetensors and report.html into a folder; returns the page.
 
     Raises UsageError when the extra "plots" is not installed; StorageError when the folder cannot be written.
     """
+    write_whole(out / "projections.safetensors", projections(findings))
     write_whole(out / "results.json", json.dumps(findings.to_dict(), indent=1, ensure_ascii=False) + "\n")
     return write_whole(out / "report.html", render(findings))
+
+
+def projections(findings: Findings) -> bytes:
+    """Every direction of every weight in safetensors: σᵢ [n] as PATH.sigma, cᵢ [n] of a source as NAME/PATH.along."""
+    from safetensors.numpy import save
+
+    tensors = {}
+    for source in _sources(findings):
+        for path, projected in source.projected.items():
+            tensors[f"{path}.sigma"] = projected.sigma.astype(np.float32)
+            tensors[f"{source.name}/{path}.along"] = projected.along.astype(np.float32)
+    saved: bytes = save(tensors)
+    return saved
+
+
+def _sources(findings: Findings) -> list[Source]:
+    return [*(one.source for one in findings.found), *([findings.reference] if findings.reference else [])]
 
 
 def render(findings: Findings) -> str:
@@ -41,12 +61,13 @@ def _context(findings: Findings) -> dict[str, Any]:
             f"Accuracy: the share of the {s} predicted directions that are among the {2 * s} of the reference that "
             f"change most. Recall: the share of its first {max(1, s // 2)} that are among the {s} predicted. "
             "± is the standard deviation of one weight's draws; the lift is over two random changes, with its 95% "
-            "bootstrap interval over layers."
+            "bootstrap interval over layers. Of ΔW = B A, two random changes have neither B nor A of the adapter; "
+            "those that keep A, and the random prediction, have a random B beside its own A."
         ),
         "overlap_figures": _marked(_overlap_figures(findings)),
         "picks_note": (
             "Change rate: |uᵢᵀ ΔW vᵢ| / (σᵢ + ε). Dividing by σ makes noise itself stand out where σ is small, so each "
-            "figure stands beside that of random changes of the same rank. "
+            "figure stands beside that of random changes, a random B beside the adapter's own A. "
             f"{s} smallest σ: the share of the {s} directions that are those; held: the share of all change rates they "
             "have."
         ),
@@ -96,9 +117,8 @@ def _overlap_figures(findings: Findings) -> list[tuple[str, str]]:
 
 
 def _rate_figures(findings: Findings) -> list[tuple[str, str]]:
-    sources: list[Source] = [findings.found[-1].source, *([findings.reference] if findings.reference else [])]
     figures: list[tuple[str, str]] = []
-    for source in sources:
+    for source in _sources(findings)[len(findings.found) - 1 :]:
         for projected in plots.one_of_each_shape(source.projected):
             image = plots.change_rates(projected, findings.draws, findings.seed, f"rates{len(figures)}")
             caption = (

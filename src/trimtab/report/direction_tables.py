@@ -19,7 +19,10 @@ class Table:
     rows: Sequence[Sequence[str]]
 
 
-OVERLAP_HEAD = ("", "weights", "found", "two random", "random prediction", "smallest σ", "chance", "lift over random")
+OVERLAP_HEAD = (
+    "", "weights", "found", "two random", "two that keep A", "random prediction", "smallest σ", "chance",
+    "lift over random",
+)  # fmt: skip
 
 
 def overlap_tables(findings: Findings) -> list[Table]:
