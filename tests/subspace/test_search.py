@@ -53,6 +53,12 @@ def test_what_no_subspace_reaches_and_what_one_dimension_does_is_said() -> None:
     assert json.loads(json.dumps(found(runs(d90=1e9)).to_dict()))["crossing"]["d"] is None
 
 
+def test_the_factor_says_how_far_from_the_start_a_search_goes() -> None:
+    assert sorted(found(runs(d90=700.0), start=600, factor=2, resolution=2).scores) == [600, 1200]
+    assert sorted(found(runs(d90=700.0), start=600, resolution=4).scores) == [600, 2400]
+    assert sorted(found(runs(d90=700.0), start=901, factor=1.5, resolution=2).scores) == [600, 901]
+
+
 def test_a_grid_is_tried_as_it_is_and_gives_the_first_crossing() -> None:
     own = found(runs(d90=700.0), grid=(100, 500, 750, 900))
     assert sorted(own.scores) == [100, 500, 750, 900]
@@ -172,6 +178,37 @@ def test_runs_of_another_search_are_refused(tmp_path: Path) -> None:
         runs(tmp_path)
 
 
+ABOUT = {"task": "made up", "epochs": 3, "projection": "uni", "options": {}, "mode": "did"}
+
+
+def test_runs_that_would_be_trained_alike_are_taken_from_another_search(tmp_path: Path) -> None:
+    notes, first = tmp_path / "notes", runs(tmp_path / "first", about=ABOUT)
+    whole = found(first)
+    with (tmp_path / "first" / "runs.jsonl").open("a") as file:
+        file.write('{"run": {"d"')  # as another process is writing it
+    content = (tmp_path / "first" / "runs.jsonl").read_bytes()
+    same = runs(tmp_path / "same", about=ABOUT, notes=notes)
+    same.take(tmp_path / "first")
+    assert found(same) == whole
+    assert not notes.exists(), "all of them are taken"
+    other = runs(tmp_path / "other", about={**ABOUT, "projection": "fastfood", "options": {"diagonal": "sign"}})
+    other.take(tmp_path / "first")
+    assert other.known == {run: outcome for run, outcome in first.known.items() if run.d is None}
+    assert len(other.known) == 3
+    assert runs(tmp_path / "other", about=json.loads((tmp_path / "other" / "search.json").read_text())).known
+    assert (tmp_path / "first" / "runs.jsonl").read_bytes() == content
+
+
+def test_runs_that_would_be_trained_otherwise_are_not_taken(tmp_path: Path) -> None:
+    found(runs(tmp_path / "first", about=ABOUT), grid=(5,))
+    other = runs(about={**ABOUT, "projection": "dense", "epochs": 4})
+    with pytest.raises(UsageError, match=r"another search: epochs 3, but now 4: choose another folder"):
+        other.take(tmp_path / "first")
+    with pytest.raises(UsageError, match=r"search\.json does not exist"):
+        other.take(tmp_path)
+    assert not other.known
+
+
 def test_a_threshold_that_guessing_reaches_is_refused() -> None:
     with pytest.raises(NoDimension, match=r"guessing scores 0\.680"):
         found(runs(baseline=0.75), chance=0.68)
@@ -193,7 +230,15 @@ def test_a_baseline_that_diverged_is_refused() -> None:
 
 @pytest.mark.parametrize(
     "plan",
-    [{"grid": (0, 5)}, {"grid": (5, D + 1)}, {"start": D + 1}, {"seeds": 0}, {"lr_scale": "d"}, {"rates": ()}],
+    [
+        {"grid": (0, 5)},
+        {"grid": (5, D + 1)},
+        {"start": D + 1},
+        {"seeds": 0},
+        {"lr_scale": "d"},
+        {"rates": ()},
+        {"factor": 1},
+    ],
     ids=str,
 )
 def test_plans_that_cannot_be_are_refused_before_any_training(plan, tmp_path: Path) -> None:

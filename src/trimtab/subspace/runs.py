@@ -19,6 +19,8 @@ from trimtab.files import read_json, storage_error, whole_lines, write_whole
 from trimtab.subspace.training import Outcome
 
 MADE_WITH, RUNS = "search.json", "runs.jsonl"
+OF_SUBSPACES = ("projection", "diagonal", "options", "mode", "layers")
+"""What of a setting a run of all parameters does not depend on."""
 
 
 class Run(NamedTuple):
@@ -58,26 +60,45 @@ class Runs:
         self._pool: concurrent.futures.ProcessPoolExecutor | None = None
         self._begun: dict[concurrent.futures.Future[Outcome], Run] = {}
         self._known: dict[Run, Outcome] = {}
+        self._about: dict[str, Any] = json.loads(json.dumps(about))
         if folder is not None:
-            self._open(folder, json.loads(json.dumps(about)))
+            self._open(folder)
 
-    def _open(self, folder: Path, about: dict[str, Any]) -> None:
-        beside = folder / MADE_WITH
-        if beside.exists():
-            before = read_json(beside)
-            others = [key for key in {**before, **about} if before.get(key) != about.get(key)]
-            if others:
-                told = "; ".join(f"{key} {before.get(key)!r}, but now {about.get(key)!r}" for key in others)
-                raise UsageError(f"{folder} holds the runs of another search: {told}: choose another folder")
+    def _open(self, folder: Path) -> None:
+        if (folder / MADE_WITH).exists():
+            self._refuse_others(folder, self._differing(folder))
         elif (folder / RUNS).exists():
             raise UsageError(f"{folder / RUNS} is there without {MADE_WITH}: choose another folder, or empty this one")
-        write_whole(beside, json.dumps(about, indent=2) + "\n")
-        for number, line in whole_lines(folder / RUNS):
-            try:
-                run, outcome = Run(**line["run"]), Outcome(**line["outcome"])
-            except (TypeError, KeyError) as error:
-                raise FormatError(f"{folder / RUNS} line {number} is no run of a search: empty {folder}") from error
-            self._known[run] = outcome
+        write_whole(folder / MADE_WITH, json.dumps(self._about, indent=2) + "\n")
+        self._known |= _stored(folder, [line for _, line in whole_lines(folder / RUNS)])
+
+    def take(self, folder: Path) -> None:
+        """Keep the runs of another search's folder that would be trained alike here: all of them or, where the two
+        differ in their subspaces alone, those of all parameters.
+
+        Raises UsageError where they differ in anything else, and for a folder that holds no search.
+        """
+        differing = self._differing(folder)
+        self._refuse_others(folder, {key: pair for key, pair in differing.items() if key not in OF_SUBSPACES})
+        content = (folder / RUNS).read_bytes() if (folder / RUNS).exists() else b""
+        try:  # a line without an end is being written
+            lines = [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
+        except ValueError as error:
+            raise FormatError(f"{folder / RUNS} is not JSON: name another folder") from error
+        for run, outcome in _stored(folder, lines).items():
+            if run not in self._known and (run.d is None or not differing):
+                self._known[run] = outcome
+                self._keep(run, outcome)
+
+    def _differing(self, folder: Path) -> dict[str, tuple[Any, Any]]:
+        """What the search in a folder is of and this one is not: (there, here) by key."""
+        there, here = read_json(folder / MADE_WITH), self._about
+        return {key: (there.get(key), here.get(key)) for key in {**there, **here} if there.get(key) != here.get(key)}
+
+    def _refuse_others(self, folder: Path, differing: Mapping[str, tuple[Any, Any]]) -> None:
+        if differing:
+            told = "; ".join(f"{key} {there!r}, but now {here!r}" for key, (there, here) in differing.items())
+            raise UsageError(f"{folder} holds the runs of another search: {told}: choose another folder")
 
     def begin(self, wanted: Iterable[Run]) -> None:
         """Let the workers start on runs that will be asked for, so that none is idle. One alone begins nothing early:
@@ -150,6 +171,16 @@ class Runs:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
             self._begun.clear()
+
+
+def _stored(folder: Path, lines: Iterable[Any]) -> dict[Run, Outcome]:
+    found = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            found[Run(**line["run"])] = Outcome(**line["outcome"])
+        except (TypeError, KeyError) as error:
+            raise FormatError(f"{folder / RUNS} line {number} is no run of a search: empty {folder}") from error
+    return found
 
 
 @contextmanager

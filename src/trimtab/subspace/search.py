@@ -18,8 +18,6 @@ from trimtab.subspace.crossing import Crossing, Threshold, crossing
 from trimtab.subspace.runs import Run, Runs
 from trimtab.subspace.training import Outcome
 
-FACTOR = 4
-"""By which d is raised, or lowered, until the threshold lies between two of them."""
 FURTHER = 4
 """At most so many d more, where the interval is open."""
 SWEEP_SEED = 10_000
@@ -46,7 +44,8 @@ class Plan:
     """How a search goes.
 
     seeds: how many, at least 2 for an interval. resolution: the search ends with a bracket whose ends are at most this
-    ratio apart. start: the first d; by default √D. grid: exactly these d instead of a search.
+    ratio apart. start: the first d; by default √D. factor: by which d is raised, or lowered, until the threshold lies
+    between two of them. grid: exactly these d instead of a search.
     lr: of training all parameters. lr_scale: sqrt multiplies it by √(D/d) in a subspace, since with unit columns a
     step of Adam moves θ by lr √d and not by lr √D; none leaves it as the papers do. rates: multiples of it to choose
     from at every d and for the baseline alike, by the validation score with a seed of its own.
@@ -56,6 +55,7 @@ class Plan:
     threshold: Threshold = dataclasses.field(default_factory=Threshold)
     resolution: float = 1.2
     start: int | None = None
+    factor: float = 4.0
     grid: tuple[int, ...] = ()
     lr: float = 1e-3
     lr_scale: str = "sqrt"
@@ -67,6 +67,8 @@ class Plan:
             problems.append(f"seeds is {self.seeds}, but must be at least 1")
         if not self.resolution >= 1:
             problems.append(f"resolution is {self.resolution}, but must be at least 1")
+        if not 1 < self.factor < math.inf:
+            problems.append(f"factor is {self.factor}, but must be above 1")
         if self.lr_scale not in ("sqrt", "none"):
             problems.append(f"lr_scale is '{self.lr_scale}', but must be sqrt or none")
         if not self.rates or not all(rate > 0 for rate in self.rates):
@@ -244,13 +246,13 @@ class _Search:
         low, high = 0, self.first
         if self.mean(high) >= wanted:
             while high > 1 and not low:
-                below = max(1, high // FACTOR)
+                below = max(1, int(high / self.plan.factor))
                 low, high = (0, below) if self.mean(below) >= wanted else (below, high)
         else:
             while self.mean(high) < wanted:
                 if high == self.D:
                     return
-                low, high = high, min(self.D, high * FACTOR)
+                low, high = high, min(self.D, math.ceil(high * self.plan.factor))
         while low and high - low > 1 and high / low > self.plan.resolution:
             middle = min(max(round(math.sqrt(low * high)), low + 1), high - 1)
             low, high = (low, middle) if self.mean(middle) >= wanted else (middle, high)
