@@ -23,7 +23,15 @@ from trimtab.report.dimension_comparison import (
     write_series,
 )
 from trimtab.report.dimension_page import render, write_dimension
-from trimtab.report.dimension_results import Measurement, Told, Unmeasured, read_measurements, result
+from trimtab.report.dimension_results import (
+    Measurement,
+    Told,
+    Unmeasured,
+    protocol_of,
+    read_measurements,
+    result,
+    sentences,
+)
 from trimtab.subspace.crossing import Threshold, crossing
 from trimtab.subspace.search import Measured, Plan
 
@@ -209,7 +217,7 @@ def test_what_differs_stands_apart_from_what_is_shared(tmp_path: Path) -> None:
 
 def test_the_sentences_judge_by_the_intervals() -> None:
     low, high = (Measurement(str(d), 0, measured(d), about()) for d in (120.0, 480.0))
-    least, apart = comparison_sentences([high, low])
+    least, apart, _ = comparison_sentences([high, low])
     assert least.startswith("d90 is least for 120.0, ")
     assert "and largest for 480.0, " in least
     assert apart == "The intervals of the two are apart"
@@ -227,15 +235,15 @@ def test_what_has_no_dimension_is_neither_least_nor_largest() -> None:
     below, small = of("below", (100, 200, 400), 20.0), of("small", (10, 20, 40, 80), 30.0)
     above, large = of("above", (250, 500, 1000), 1e5), of("large", (2000, 4000, 8000), 5000.0)
     assert (below.measured.crossing.d, below.measured.crossing.high, above.measured.crossing.low) == (0, 0, math.inf)
-    one, rest = comparison_sentences([below, small])
+    one, rest, _ = comparison_sentences([below, small])
     assert one.startswith("d90 of small is ")
     assert rest == "Without a d90 within the d that were tried: below at most 100, the smallest d tried"
-    least, apart, rest = comparison_sentences([below, large, above, small])
+    least, apart, rest, _ = comparison_sentences([below, large, above, small])
     assert "least for small, " in least
     assert "largest for large, " in least
     assert apart == "The intervals of the two are apart"
     assert rest.endswith(": below at most 100, the smallest d tried; above above 1,000, the largest d tried")
-    (none,) = comparison_sentences([below, above])
+    none, _ = comparison_sentences([below, above])
     assert none.startswith("None has a d90")
     assert "below at most 100" in none
 
@@ -304,9 +312,48 @@ def test_a_checkpoint_that_is_not_measured_keeps_its_row(tmp_path: Path) -> None
     assert "step-100 is not measured: training diverged with seed 0." in section(page, "verdict")
     assert "It rises along the series" in page
     assert json.loads((tmp_path / "results.json").read_text())["series"][1]["reason"] == "baseline diverged"
-    (one, note) = series_sentences([missing, second], "made up")
+    one, note, _ = series_sentences([missing, second], "made up")
     assert re.fullmatch(r"d90 of made up is 1.*\] at step-200, the threshold being 0\.9 of the baseline \(local\)", one)
     assert note.startswith("step-100 is not measured")
+
+
+TRAINED = {"epochs": 3, "batch_size": 32, "optimizer": "sgd", "l2": 1e-4, "mode": "said"}
+
+
+def test_metric_split_and_how_runs_are_trained_stand_in_the_sentences() -> None:
+    own, plan = about(**TRAINED), {"lr": 2e-3, "rates": (0.5, 1.0, 2.0)}
+    first, protocol, *_ = sentences(measured(**plan), own)
+    assert "where accuracy on 400 test rows reaches" in first
+    assert "chance at 0.1" in first
+    assert protocol == (
+        "Each run was trained with 3 epochs, batches of 32, optimizer sgd, L2 0.0001, mode said, projection uni, "
+        "learning rate 0.002 for all parameters and times √(D/d) in a subspace, each times the best of 0.5, 1, 2 by "
+        "the validation split"
+    )
+    plain = sentences(measured(lr_scale="none"), own)[1]
+    assert plain.endswith("learning rate 0.001 for all parameters and the same in a subspace")
+    alike, other = named("a", "b", **TRAINED), Measurement("c", 2, measured(), about(epochs=5))
+    for said in (comparison_sentences(alike), series_sentences(alike, "made up")):
+        assert sum("Each run was trained with 3 epochs" in sentence for sentence in said) == 1
+    assert not any("Each run" in sentence for sentence in comparison_sentences([*alike, other]))
+
+
+def test_runs_on_sentences_tell_optimizer_and_l2_though_all_have_the_same(tmp_path: Path) -> None:
+    trained = protocol_of({"task": "sst2", "epochs": 3}, Plan())
+    own = dataclasses.replace(about(), protocol=trained)
+    assert "optimizer adam, L2 0," in sentences(measured(), own)[1]
+    older = kept(tmp_path / "older", measured(), about())
+    same = kept(tmp_path / "same", measured(), about(optimizer="adam", l2=0.0, betas=(0.9, 0.99)))
+    assert not section(write_comparison(read_measurements([older, same]), tmp_path).read_text(), "differing")
+
+
+@pytest.mark.parametrize("features", [None, (0, 0)])
+def test_what_has_no_matrices_is_told_that_a_rank_is_something_else(features: tuple[int, int] | None) -> None:
+    said = sentences(measured(), dataclasses.replace(about(), features=features))[-1]
+    assert said.startswith("No rank of a LoRA follows from it: r is the rank of each matrix")
+    budget = sentences(measured(), dataclasses.replace(about(), features=(640, 4)))[-1]
+    assert budget.startswith("Budget for LoRA: rank r trains r · 640 numbers on 4 weights, so rank 1 has 640")
+    assert "r is the rank of each matrix" in budget
 
 
 def test_the_page_of_one_is_the_same_byte_for_byte() -> None:

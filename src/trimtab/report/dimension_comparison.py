@@ -9,7 +9,7 @@ from typing import Any
 from trimtab.files import write_whole
 from trimtab.report import wording
 from trimtab.report.dimension_plots import dimension_against, dimension_by_row, gap_against_bound
-from trimtab.report.dimension_results import RESULTS, Measurement, Unmeasured, as_json, told
+from trimtab.report.dimension_results import RESULTS, Measurement, Unmeasured, as_json, protocol_sentence, told
 from trimtab.report.direction_tables import Table
 from trimtab.report.template import filled
 
@@ -88,8 +88,9 @@ def _least_and_largest(found: Sequence[Measurement], threshold: str) -> list[str
 
 
 def _cautions(several: Sequence[Measurement]) -> list[str]:
-    """What makes the figures less sure."""
-    said = []
+    """How all were trained where that is alike, and what makes the figures less sure."""
+    trained = {protocol_sentence(one.measured, one.about) for one in several}
+    said = list(trained) if len(trained) == 1 else []
     otherwise = [name for name, values in _entries(several).items() if name not in SUBJECT and len(set(values)) > 1]
     if otherwise:
         names = ", ".join(name.replace("_", " ") for name in otherwise)

@@ -14,6 +14,18 @@ from trimtab.files import name_of, read_json
 from trimtab.subspace.search import MALFORMED, Measured, Plan
 
 RESULTS = "results.json"
+UNSAID = {"optimizer": "adam", "betas": (0.9, 0.999), "l2": 0.0}
+"""How runs on sentences are trained, all alike, so that it is not among what they depend on."""
+TRAINED = {
+    "epochs": "{} epochs",
+    "batch_size": "batches of {}",
+    "optimizer": "optimizer {}",
+    "l2": "L2 {:g}",
+    "mode": "mode {}",
+    "projection": "projection {}",
+    "diagonal": "diagonal {}",
+}
+"""Entries of a protocol as a sentence has them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +50,7 @@ class Told:
         title, metric, split = (str(plain[name]) for name in ("title", "metric", "split"))
         if int(plain["n"]) < 1:
             raise ValueError("there are no training examples")
-        return cls(title, metric, split, int(plain["n"]), dict(plain["protocol"].items()), features)
+        return cls(title, metric, split, int(plain["n"]), {**UNSAID, **dict(plain["protocol"].items())}, features)
 
 
 class Measurement(NamedTuple):
@@ -157,7 +169,8 @@ def sentences(measured: Measured, about: Told) -> list[str]:
     said = [
         f"d90 of {about.title} is {told(measured)} of D = {measured.D:,} parameters, with {plan.seeds} seeds and a "
         f"95 % bootstrap interval: where {about.metric} on {about.split} reaches {found.threshold:.4g}, "
-        f"{plan.threshold}, with the baseline at {measured.mean_baseline:.4g} and chance at {measured.chance:.4g}"
+        f"{plan.threshold}, with the baseline at {measured.mean_baseline:.4g} and chance at {measured.chance:.4g}",
+        protocol_sentence(measured, about),
     ]
     if found.first is not None:
         said.append(
@@ -172,16 +185,30 @@ def sentences(measured: Measured, about: Told) -> list[str]:
     return said
 
 
+def protocol_sentence(measured: Measured, about: Told) -> str:
+    """How each run was trained; the learning rate of every d stands in the table."""
+    own, plan = about.protocol, measured.plan
+    said = [words.format(own[key]) for key, words in TRAINED.items() if key in own]
+    scale = "times √(D/d)" if plan.lr_scale == "sqrt" else "the same"
+    said.append(f"learning rate {plan.lr:g} for all parameters and {scale} in a subspace")
+    if len(plan.rates) > 1:
+        tried = ", ".join(f"{rate:g}" for rate in plan.rates)
+        said.append(f"each times the best of {tried} by the validation split")
+    return f"Each run was trained with {', '.join(said)}"
+
+
 def _budget(d: float, features: tuple[int, int] | None) -> list[str]:
-    if features is None:
-        return []
-    total, weights = features
+    caution = (
+        "r is the rank of each matrix and d90 counts directions of the whole model: they are no conversion of one "
+        "another, but a task whose d90 is small is one for a small rank, or for few layers"
+    )
+    total, weights = features or (0, 0)
+    if not total:
+        return [f"No rank of a LoRA follows from it: {caution}"]
     rank = max(1, math.ceil(d / total))
     return [
         f"Budget for LoRA: rank r trains r · {total:,} numbers on {weights} weights, so rank {rank} has "
-        f"{rank * total:,} of them, {rank * total / d:,.1f} times d90. r is the rank of each matrix and d90 counts "
-        "directions of the whole model: they are no conversion of one another, but a task whose d90 is small is one "
-        "for a small rank, or for few layers"
+        f"{rank * total:,} of them, {rank * total / d:,.1f} times d90. {caution}"
     ]
 
 
@@ -197,7 +224,7 @@ def result(measured: Measured, about: Told) -> dict[str, Any]:
 
 def protocol_of(about: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     """How the runs of a search were trained, for `Told`. about: what they depend on besides d, seed and rate."""
-    return {**about, "lr": plan.lr, "lr in a subspace": "lr · √(D/d)" if plan.lr_scale == "sqrt" else "lr"}
+    return {**UNSAID, **about, "lr": plan.lr, "lr in a subspace": "lr · √(D/d)" if plan.lr_scale == "sqrt" else "lr"}
 
 
 def as_json(results: Mapping[str, Any]) -> str:
