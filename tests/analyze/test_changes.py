@@ -178,6 +178,18 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("method", [trimtab.LoRA(rank=2), trimtab.Full()], ids=["lora", "full"])
+def test_a_checkpoint_of_another_base_is_refused_unless_any_may_be(tmp_path: Path, method: Any) -> None:
+    trained(tmp_path, method)
+    step, other = tmp_path / "checkpoints" / "step-000004", make_llama(1)
+    told = r"made on another base: there, the weight of model\.layers\.\S+ was not what it is here.*--any-base"
+    with pytest.raises(FormatError, match=told), read_changes(step, other):
+        pass
+    assert trimtab.adapters(other) == {}
+    with read_changes(step, make_llama().bfloat16()) as own, read_changes(step, other, any_base=True) as foreign:
+        assert len(own) == len(foreign) > 0
+
+
 def test_the_example_of_the_documents_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     model = make_llama(hidden_size=32)

@@ -97,6 +97,34 @@ def test_another_run_is_not_resumed(run, stopped, tmp_path, change, named):
         run(tmp_path, resume=True, **{**SETTINGS, **change})
 
 
+@pytest.mark.parametrize("stop", [3, 5], ids=["before-the-switch", "after-the-switch"])
+def test_a_run_goes_on_on_its_own_base_alone(run, stopped, tmp_path, stop):
+    method = trimtab.Dash(rank=2, directions=3, warm_up_steps=3)
+    with pytest.raises(stopped):
+        run(tmp_path, stop=stop, method=method, **SETTINGS)
+    with pytest.raises(UsageError, match=r"the base is another one: 'model\.layers\.\S+' has other weights"):
+        run(tmp_path, resume=True, method=method, llama=make_llama(1), **SETTINGS)
+    run(tmp_path, resume=True, method=method, **SETTINGS)
+
+
+def rewrite_base(checkpoint, change):
+    file = checkpoint / "state.json"
+    figures = json.loads(file.read_text())
+    change(figures["run"])
+    file.write_text(json.dumps(figures))
+
+
+def test_a_checkpoint_that_does_not_know_its_base_is_resumed(run, stopped, tmp_path):
+    with pytest.raises(stopped):
+        run(tmp_path, stop=5, **SETTINGS)
+    newest = checkpoints(tmp_path / "checkpoints")[-1]
+    rewrite_base(newest, lambda run: run.update(base={"model.layers.0.self_attn.q_proj": "none"}))
+    with pytest.raises(FormatError, match="is not a checkpoint of this version"):
+        run(tmp_path, resume=True, **SETTINGS)
+    rewrite_base(newest, lambda run: run.pop("base"))
+    assert run(tmp_path, resume=True, **SETTINGS)[2][0].step == 5
+
+
 def test_a_new_run_does_not_mix_with_an_older_ones_checkpoints(run, stopped, tmp_path):
     with pytest.raises(stopped):
         run(tmp_path, stop=5, **SETTINGS)

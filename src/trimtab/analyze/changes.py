@@ -25,7 +25,7 @@ from trimtab.formats.peft import load
 from trimtab.formats.peft_write import CONFIG
 from trimtab.formats.tensors import read_tensors
 from trimtab.models.checkpoint import check_folder
-from trimtab.train.checkpoint import FIGURES, TENSORS
+from trimtab.train.checkpoint import FIGURES, TENSORS, foreign_base
 
 Change = Tensor | tuple[Tensor, Tensor]
 """ΔW [out, in], or (B [out, r], A [r, in]) with ΔW = B A."""
@@ -237,7 +237,7 @@ def read_changes(
 def load_checkpoint(model: nn.Module, folder: Path, any_base: bool = False) -> Adapter:
     """Put the deltas of a run's checkpoint on a model; trained copies, which change no direction, are left out.
 
-    FormatError when it is damaged or of another model, UsageError for slices, which it does not tell of.
+    FormatError when it is damaged or of another model or base, UsageError for slices, which it does not tell of.
     """
     method = _method(folder)
     if method.shared:
@@ -270,11 +270,21 @@ def load_checkpoint(model: nn.Module, folder: Path, any_base: bool = False) -> A
     except UsageError as error:
         adapter.remove()
         raise FormatError(f"{folder} does not fit this model: {error}") from error
-    why = None if any_base else method.foreign(adapter.weights())
+    why = None if any_base else _of_another_base(adapter, folder)
     if why is not None:
         adapter.remove()
-        raise FormatError(f"{folder} was made on another base: {why}")
+        raise FormatError(
+            f"{folder} was made on another base: {why}. any_base=True (--any-base) measures it all the same"
+        )
     return adapter
+
+
+def _of_another_base(adapter: Adapter, folder: Path) -> str | None:
+    """What tells that a checkpoint was made on other weights than those it has been put on; None when nothing does."""
+    foreign = foreign_base(folder, adapter.model)
+    if foreign is not None:
+        return f"there, the weight of {foreign} was not what it is here"
+    return adapter.method.foreign(adapter.weights())
 
 
 def _method(folder: Path) -> Method:

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trimtab.adapt.adapter import Adapter
+from trimtab.adapt.fingerprint import fingerprint, foreign_weight
+from trimtab.adapt.select import base_modules
 from trimtab.data.encode import Example
 from trimtab.errors import FormatError, UsageError, problems_to_error
 from trimtab.files import read_json, whole_folder
@@ -68,9 +70,9 @@ class Progress:
 def run_identity(
     adapter: Adapter, settings: Settings, examples: Sequence[Example], eval_examples: Sequence[Example]
 ) -> dict[str, Any]:
-    """What a run is made from, besides the model: with another method, settings or data, resuming would be wrong."""
+    """What a run is made from: with another method, settings, data or base, resuming would be wrong."""
     data = {"training data": _digest(examples), "evaluation data": _digest(eval_examples)}
-    return {"method": adapter.method.options(), **to_mapping(settings), **data}
+    return {"method": adapter.method.options(), **to_mapping(settings), **data, "base": fingerprint(adapter)}
 
 
 def _digest(examples: Sequence[Example]) -> str:
@@ -176,11 +178,12 @@ def load_checkpoint(path: Path, adapter: Adapter, optimizer: Optimizer, identity
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"{path / FIGURES} is not a checkpoint of this version ({error})") from error
     now = json.loads(json.dumps(identity))
-    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    problems_to_error(
-        [f"{key} was {before.get(key)!r}, and is {now.get(key)!r} now" for key in changed],
-        f"{path} is of another run",
-    )
+    changed = [key for key in {**before, **now} if key != "base" and before.get(key) != now.get(key)]
+    problems = [f"{key} was {before.get(key)!r}, and is {now.get(key)!r} now" for key in changed]
+    foreign = foreign_base(path, adapter.model)
+    if foreign is not None:
+        problems.append(f"the base is another one: '{foreign}' has other weights")
+    problems_to_error(problems, f"{path} is of another run")
     tensors = read_tensors(path / TENSORS)
     adapter.load_state_dict({k[8:]: t for k, t in tensors.items() if k.startswith("adapter.")})
     _load_optimizer(optimizer, tensors)
@@ -192,6 +195,18 @@ def load_checkpoint(path: Path, adapter: Adapter, optimizer: Optimizer, identity
     for index, state in enumerate(saved[:here]):
         torch.cuda.set_rng_state(state, index)
     return progress
+
+
+def foreign_base(path: Path, model: nn.Module) -> str | None:
+    """The first module of a model whose weight is not the one that a checkpoint's run had; None on its own base.
+
+    A checkpoint of old does not tell. FormatError when it is none.
+    """
+    figures = read_json(path / FIGURES)
+    try:
+        return foreign_weight(figures["run"].get("base", {}), base_modules(model))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FormatError(f"{path / FIGURES} is not a checkpoint of this version ({error})") from error
 
 
 def _load_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
