@@ -56,7 +56,19 @@ def test_change_rates_are_those_of_the_dense_change(shape: tuple[int, int]) -> N
 def test_a_weight_without_full_rank_has_finite_rates() -> None:
     W = numbers(6, 2, seed=1) @ numbers(2, 6, seed=2)
     assert change_rates(core_bases(W), numbers(6, 2), numbers(2, 6)).isfinite().all()
-    assert change_rates(core_bases(torch.zeros(4, 4)), torch.zeros(4, 2), torch.zeros(2, 4)).isfinite().all()
+
+
+def test_where_sigma_is_zero_a_change_is_divided_by_a_millionth_of_the_largest() -> None:
+    W, B, A = torch.tensor([4.0, 1.0, 0.0]).diag(), torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[0.0, 2.0, 5.0]])
+    torch.testing.assert_close(change_rates(core_bases(W), B, A), torch.tensor([0.0, 2 / (1 + 4e-6), 15 / 4e-6]))
+
+
+def test_the_rates_of_a_weight_of_zeros_are_the_changes_themselves() -> None:
+    W, B, A = torch.zeros(4, 4), 10 * numbers(4, 2), numbers(2, 4, seed=1)
+    bases = core_bases(W)
+    along = (bases.U.T @ B @ A @ bases.V).diagonal()
+    assert along.any()
+    torch.testing.assert_close(change_rates(bases, B, A), along.abs())
 
 
 def test_the_directions_that_change_most_are_taken_after_the_warm_up_and_nothing_jumps() -> None:

@@ -67,11 +67,13 @@ def prepare(matrices: Sequence[Tensor], progress: OnProgress | None = None, cach
 def change_rates(bases: CoreBases, B: Tensor, A: Tensor) -> Tensor:
     """δᵢ = |uᵢᵀ ΔW vᵢ| / (σᵢ + ε) for ΔW = B A, [n]; ε = 1e-6 σ₁ (Si et al. 2024, arXiv 2409.01035).
 
-    B: [out, r], A: [r, in]. Costs r n (out + in): no dense ΔW is formed.
+    For a weight of zeros ε is 1, so that δᵢ is what its direction changes by. B: [out, r], A: [r, in]. Costs
+    r n (out + in): no dense ΔW is formed.
     """
     along = ((bases.U.T @ B.float().cpu()) * (A.float().cpu() @ bases.V).T).sum(1)
-    smallest = torch.finfo(torch.float32).tiny
-    return along.abs() / (bases.sigma + max(1e-6 * float(bases.sigma[0]), smallest))
+    epsilon = 1e-6 * float(bases.sigma[0])
+    # Below what fp32 has in full precision, a weight is as good as zero.
+    return along.abs() / (bases.sigma + (epsilon if epsilon > torch.finfo(torch.float32).tiny else 1.0))
 
 
 def _file(matrix: Tensor, cache: Path | None) -> Path:
