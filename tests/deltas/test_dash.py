@@ -100,6 +100,29 @@ def test_directions_are_chosen_once_and_a_further_run_trains_the_same_ones() -> 
     assert all(torch.equal(dash(s.delta).picked, p) for s, p in zip(adapter.weights(), picked, strict=True))
 
 
+@pytest.mark.parametrize("budget", ["layer", "model"])
+def test_weights_that_have_not_changed_by_the_switch_are_told(budget: str, caplog: pytest.LogCaptureFixture) -> None:
+    adapter = stirred(trimtab.attach(built("llama"), small(budget=budget)))
+    still = adapter.weights()[3:5]
+    with torch.no_grad():
+        dash(still[0].delta).B.zero_()
+        dash(still[1].delta).A.zero_()
+    adapter.after_step(2)
+    (told,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert f"2 of 14 weights have not changed by step 2, the first {still[0].path}:" in told
+
+
+@pytest.mark.parametrize("options", [{}, {"pick": "random"}], ids=["changed", "drawn"])
+def test_where_directions_are_not_chosen_by_zeros_nothing_is_told(
+    options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter = trimtab.attach(built("llama"), small(**options))
+    if not options:
+        stirred(adapter)
+    adapter.after_step(2)
+    assert [record for record in caplog.records if record.levelno == logging.WARNING] == []
+
+
 @pytest.mark.parametrize(("pick", "wanted"), [("largest", [0, 1, 2]), ("smallest", [4, 3, 2])])
 def test_the_controls_take_the_largest_or_the_smallest_singular_values(pick: str, wanted: list[int]) -> None:
     model, _ = holder("linear")  # [6, 5]

@@ -97,6 +97,8 @@ class Dash(LoRA):
     def after_step(self, step: int, sites: Sequence[Site]) -> list[nn.Parameter]:
         if step != self.warm_up_steps or _launched(sites):
             return []
+        if self.pick == "change-rate":
+            _warn_of_unchanged(step, sites)
         if self.budget == "model":
             _launch_by_model(self.directions * len(sites), sites)
         else:
@@ -203,6 +205,17 @@ def _picked(method: Dash, site: Site, bases: CoreBases) -> Tensor:
     if method.pick == "change-rate":
         return _rates(site, bases).argsort(descending=True, stable=True)
     return torch.arange(n) if method.pick == "largest" else torch.arange(n).flip(0)
+
+
+def _warn_of_unchanged(step: int, sites: Sequence[Site]) -> None:
+    """Say where ΔW, and so every rate, is 0: the learning rate was, or no token went to this expert."""
+    still = [site.path for site in sites if not (_dash(site).A.any() and _dash(site).B.any())]
+    if still:
+        log.warning(
+            "LoRA-Dash: %d of %d weights have not changed by step %d, the first %s: which of their directions are "
+            "taken means nothing. Raise warm_up_steps, or leave these weights out",
+            len(still), len(sites), step, still[0],
+        )  # fmt: skip
 
 
 def _launch_by_model(budget: int, sites: Sequence[Site]) -> None:
