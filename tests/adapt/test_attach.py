@@ -194,11 +194,20 @@ def test_inside_of_multihead_attention_is_refused_by_name(caplog) -> None:
     assert "attention.out_proj is left out of all-linear" in caplog.text
 
 
-def test_a_linear_layer_with_a_forward_of_its_own_is_refused() -> None:
-    class Doubling(nn.Linear):
-        def forward(self, x):
-            return 2 * super().forward(x)
+class Doubling(nn.Linear):
+    """Stands for a quantised layer: an nn.Linear by class that computes something else."""
 
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_where_every_linear_layer_is_refused_the_first_is_named_with_the_reason() -> None:
+    model = nn.Sequential(nn.LayerNorm(4), Doubling(4, 4), Doubling(4, 4))
+    with pytest.raises(UsageError, match="'all-linear' matches no module that can be adapted: 1 is a Doubling, which"):
+        trimtab.attach(model, SMALL)
+
+
+def test_a_linear_layer_with_a_forward_of_its_own_is_refused() -> None:
     with pytest.raises(UsageError, match="is a Doubling, which is not"):
         trimtab.attach(Holder(Doubling(4, 4)), SMALL, targets="layer")
 

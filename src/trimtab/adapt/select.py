@@ -193,6 +193,9 @@ def head_modules(model: nn.Module) -> set[nn.Module]:
 def _no_match(target: str, modules: Mapping[str, nn.Module], sites: dict[str, Site], refused: dict[str, str]) -> str:
     if target == ALL_BIASED:
         return f"target '{ALL_BIASED}': no linear layer of this model has a bias, its head aside"
+    for path in refused if target == ALL_LINEAR else ():
+        if isinstance(modules[path], nn.Linear):
+            return f"target '{ALL_LINEAR}' matches no module that can be adapted: {path} {refused[path]}"
     for path in refused:
         if path and matches(target, path):
             return f"target '{target}' names {path}, which {refused[path]}"
