@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves
 
 from toys import batch, built, numbers, reader, seer, tokens
 from trimtab.errors import UsageError
+from trimtab.subspace import blocks
 from trimtab.subspace.layers import layer_groups
 from trimtab.subspace.reparameterize import Subspace
 
@@ -102,6 +105,43 @@ def test_gradients_are_those_of_the_explicit_matrix(mode: str) -> None:
     for own, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-11)
         assert own.abs().max() > 0
+
+
+@pytest.mark.parametrize(("mode", "forward", "step"), [("did", 1, 2), ("said", 2, 2)])
+def test_so_many_copies_of_theta_are_there_at_once(
+    mode: str, forward: int, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside θ0, which is the model's, and what P has drawn; activations are of one row."""
+    monkeypatch.setattr(blocks, "CHUNK", 2**9)
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8)))
+    subspace, x = Subspace.of(model, d=50, mode=mode), numbers(1, 64)
+    subspace(x)  # P is drawn
+    with Alive() as whole, torch.no_grad():
+        subspace(x)
+    assert whole.most < (forward + 0.5) * 4 * subspace.D
+    with Alive() as whole:
+        subspace(x).sum().backward()
+    assert whole.most < (step + 0.5) * 4 * subspace.D
+
+
+class Alive(torch.utils._python_dispatch.TorchDispatchMode):
+    """The most bytes at once in storages that operations made, whoever holds them."""
+
+    def __enter__(self) -> Alive:
+        self.most = 0
+        self._made: dict[StorageWeakRef, int] = {}
+        super().__enter__()
+        return self
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {StorageWeakRef(a.untyped_storage()) for a in tree_leaves(args) if isinstance(a, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and StorageWeakRef(tensor.untyped_storage()) not in before:
+                self._made[StorageWeakRef(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
+        self._made = {storage: size for storage, size in self._made.items() if not storage.expired()}
+        self.most = max(self.most, sum(self._made.values()))
+        return result
 
 
 def test_the_model_is_neither_written_nor_given_gradients() -> None:

@@ -78,8 +78,9 @@ class Subspace(Offsets):
         for name, offset in zip(self.names, self.offsets(theta_d, lambdas), strict=True):
             start = found[name]
             # An offset is about ‖θ_d‖/√D and would be lost in bf16, so both are wide when they are added.
-            dtype = torch.promote_types(start.dtype, offset.dtype)
-            found[name] = (start.to(dtype) + offset.to(start.device, dtype).view(start.shape)).to(start.dtype)
+            own = offset.to(start.device, torch.promote_types(start.dtype, offset.dtype)).view(start.shape)
+            own.data.add_(start)  # in place, or there were another vector as long as θ; a constant has no gradient
+            found[name] = own.to(start.dtype)
         return found
 
     def call(self, weights: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
