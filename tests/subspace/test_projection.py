@@ -267,7 +267,7 @@ def test_blocks_of_fastfood_differ(small_chunks: None) -> None:
     assert all(not torch.equal(P[i], P[j]) for i in range(16) for j in range(i))
 
 
-def test_fastfood_makes_nothing_of_more_than_a_block_for_few_columns() -> None:
+def test_a_block_is_as_long_as_the_columns_need_however_many_parameters_there_are() -> None:
     projection = make_projection("fastfood-blocks", [10**12], 3, 0)
     assert isinstance(projection, FastfoodBlocks)
     assert projection.block == 4
@@ -374,8 +374,10 @@ def test_nothing_is_kept_beyond_the_limit(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["uni", "fastfood-blocks"])
-def test_all_that_is_as_long_as_the_parameters_is_the_result(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each tensor that a product makes is counted; all but the result are of one chunk."""
+def test_a_product_of_what_is_drawn_anew_makes_nothing_as_long_as_the_parameters_but_its_result(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each tensor that expand or adjoint makes is counted; all but the result are of one chunk."""
     monkeypatch.setattr(blocks, "CHUNK", 2**13)
     D = 32 * blocks.CHUNK
     projection = make_projection(name, [D], 200, 0, cache_bytes=0)

@@ -9,6 +9,7 @@ from torch import nn
 
 from trimtab.errors import UsageError
 from trimtab.subspace.problem import Problem, Protocol, Split
+from trimtab.subspace.projection import make_projection
 from trimtab.subspace.training import train
 from trimtab.tasks.problems import make_problem
 from trimtab.tasks.vision import accuracy, fully_connected
@@ -182,10 +183,9 @@ def test_all_dimensions_reach_the_direct_baseline_on_the_digits():
     pytest.importorskip("sklearn", reason="scikit-learn, which carries the digits, is not installed")
     problem = make_problem("digits", hidden=8)  # D = 610
     quick = dataclasses.replace(problem.defaults, epochs=25, lr=1e-2)
-    square = Dense(problem.sizes, problem.D)
-    square.P = torch.linalg.qr(square.P).Q  # a square matrix of normal entries is conditioned too badly to descend in
+    square = make_projection("uni", problem.sizes, problem.D, 0)  # a signed permutation, which Adam does not notice
     direct, full = train(problem, quick, seed=0), train(problem, quick, seed=0, subspace=square)
     few = train(problem, quick, seed=0, subspace=Dense(problem.sizes, 2), lr=1e-2 * math.sqrt(problem.D / 2))
     assert direct.test > 0.85
-    assert full.test > direct.test - 0.05  # 400 images: a standard error below 0.02, and Adam sees another basis
+    assert full.test > direct.test - 0.02  # 400 images: what rounds otherwise may turn a few of them
     assert few.test < 0.5
