@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from tiny_classifier import lines, make_folder, write_table
 from trimtab.cli import run
 
 QUICK = ["--workers", "1", "--seeds", "2"]
@@ -64,6 +66,40 @@ def test_what_cannot_be_is_said_before_any_training(flags: list[str], said: str,
 def test_a_threshold_that_guessing_passes_is_refused(capsys) -> None:
     assert run(["measure", "dimension", *QUICK, "--epochs", "1", "--share", "0.1"]) == 1
     assert "any d would pass" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The flags of a task of a file."""
+    folder = tmp_path_factory.mktemp("sentences")
+    train, test = (write_table(folder / f"{name}.tsv", lines(80)) for name in ("train", "test"))
+    return ["--task", str(train), "--test-data", str(test), *QUICK, "--epochs", "1"]
+
+
+def test_a_d_that_said_has_not_is_refused_before_any_training(sentences: list[str], tmp_path: Path, capsys) -> None:
+    flags = ["--model", str(make_folder(tmp_path / "model")), "--mode", "said", "--out", str(tmp_path / "out")]
+    assert run(["measure", "dimension", *sentences, *flags, "--grid", "3,2000"]) == 2
+    assert "d is 3, but must be at least 6, since SAID spends 5 on the λ of its layers" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "runs.jsonl").exists()
+
+
+def test_checkpoints_of_other_shapes_are_told_even_where_they_have_as_many_parameters(
+    sentences: list[str], tmp_path: Path, capsys
+) -> None:
+    made = [make_folder(tmp_path / "step-1", type_vocab_size=2), make_folder(tmp_path / "step-2", type_vocab_size=3)]
+    config = json.loads((made[1] / "config.json").read_text())
+    (made[1] / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 31}))
+    shrink(made[1], "embeddings.position_embeddings.weight")
+    flags = ["--checkpoints", *map(str, made)]
+    assert run(["measure", "dimension", *sentences, *flags]) == 2
+    told = "position_embeddings.weight is [32, 16] in step-1 and [31, 16] in step-2"
+    assert told in capsys.readouterr().err
+
+
+def shrink(folder: Path, name: str) -> None:
+    """Leave the last row of a tensor out of the checkpoint in a folder."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, name: tensors[name][:-1].clone()}, folder / "model.safetensors", {"format": "pt"})
 
 
 @pytest.fixture(scope="module")

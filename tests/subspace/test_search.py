@@ -29,9 +29,9 @@ def runs(folder: Path | None = None, workers: int = 1, about: dict | None = None
     )
 
 
-def found(own: Runs, chance: float = 0.1, **plan) -> Measured:
+def found(own: Runs, chance: float = 0.1, least: int = 1, **plan) -> Measured:
     with closing(own):
-        return measure(own, D, Plan(**plan), scored="test", chance=chance, examples=10_000)
+        return measure(own, D, Plan(**plan), scored="test", chance=chance, examples=10_000, least=least)
 
 
 @pytest.mark.parametrize("d90", [3.0, 40.0, 700.0, 30_000.0])
@@ -57,6 +57,16 @@ def test_the_factor_says_how_far_from_the_start_a_search_goes() -> None:
     assert sorted(found(runs(d90=700.0), start=600, factor=2, resolution=2).scores) == [600, 1200]
     assert sorted(found(runs(d90=700.0), start=600, resolution=4).scores) == [600, 2400]
     assert sorted(found(runs(d90=700.0), start=901, factor=1.5, resolution=2).scores) == [600, 901]
+
+
+def test_a_search_goes_down_to_the_least_d_there_is(tmp_path: Path) -> None:
+    own = found(runs(d90=0.01), least=7)
+    assert (own.crossing.d, own.crossing.first, min(own.scores)) == (0.0, 7, 7)
+    assert min(found(runs(d90=7.0), least=7).scores) == 7
+    for plan in ({"grid": (2000, 6)}, {"start": 6}):
+        with pytest.raises(UsageError, match="d is 6, but must be at least 7, since SAID spends 6 on the λ of its"):
+            found(runs(notes=tmp_path / "notes"), least=7, **plan)
+    assert not (tmp_path / "notes").exists()
 
 
 def test_a_grid_is_tried_as_it_is_and_gives_the_first_crossing() -> None:

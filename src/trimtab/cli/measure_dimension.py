@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -123,9 +123,7 @@ def _series(flags: DimensionFlags, screen: Screen) -> dict[str, Any]:
     models = {label: given[label] for label in sorted(given, key=lambda label: steps.get(label, 0))}
     own = {label: dataclasses.replace(flags, model=model, checkpoints=()) for label, model in models.items()}
     subjects = {label: _read(own[label], label, screen) for label in own}
-    if len({subject.D for subject in subjects.values()}) > 1:
-        told = ", ".join(f"{label} {subject.D:,}" for label, subject in subjects.items())
-        raise UsageError(f"the checkpoints are of different shapes, so that their d90 do not compare: {told}")
+    _refuse_other_shapes({label: subject.shapes for label, subject in subjects.items()})
     series = [
         _checkpoint(own[label], subject, label, steps.get(label, place), screen)
         for place, (label, subject) in enumerate(subjects.items())
@@ -142,6 +140,21 @@ def _series(flags: DimensionFlags, screen: Screen) -> dict[str, Any]:
         screen.outcome(f"report: {page}")
         results["report"] = str(page)
     return results
+
+
+def _refuse_other_shapes(by_label: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
+    """UsageError unless all checkpoints have parameters of the same names and shapes."""
+    (first, shapes), *others = by_label.items()
+    for label, own in others:
+        name = next((name for name in {**shapes, **own} if shapes.get(name) != own.get(name)), None)
+        if name is not None:
+            told = " and ".join(
+                f"{list(one[name]) if name in one else 'absent'} in {place}"
+                for place, one in ((first, shapes), (label, own))
+            )
+            raise UsageError(
+                f"the checkpoints are of different shapes, so that their d90 do not compare: {name} is {told}"
+            )
 
 
 def _checkpoint(
@@ -319,8 +332,16 @@ def _measured(flags: DimensionFlags, subject: Subject, plan: Plan, screen: Scree
             trained.append(text)
 
         with closing(Runs(subject.make, subject.about, folder, workers=workers)) as runs:
-            split: dict[str, Any] = {"scored": subject.scored, "chance": subject.chance, "examples": subject.examples}
-            return measure(runs, subject.D, plan, at=at, **split)
+            return measure(
+                runs,
+                subject.D,
+                plan,
+                scored=subject.scored,
+                chance=subject.chance,
+                examples=subject.examples,
+                least=subject.least,
+                at=at,
+            )
 
 
 def _plan(flags: DimensionFlags, lr: float) -> Plan:

@@ -155,18 +155,20 @@ def measure(
     scored: str,
     chance: float,
     examples: int,
+    least: int = 1,
     at: Callable[[str], None] | None = None,
 ) -> Measured:
     """Find d90.
 
-    scored: the split whose score counts. chance: what guessing scores there, on so many `examples`. at(text) hears what
-    is being trained. Raises UsageError for a d below 1 or above D, NoDimension for a baseline that diverged or a
-    threshold that is not clear of chance.
+    scored: the split whose score counts. chance: what guessing scores there, on so many `examples`. least: the smallest
+    d that can be trained. at(text) hears what is being trained. Raises UsageError for a d below it or above D,
+    NoDimension for a baseline that diverged or a threshold that is not clear of chance.
     """
-    search = _Search(runs, D, plan, scored, at or (lambda text: None))
-    wrong = [d for d in (*plan.grid, plan.start or 1) if not 1 <= d <= D]
+    search = _Search(runs, D, plan, scored, least, at or (lambda text: None))
+    wrong = [d for d in (*plan.grid, search.first) if not least <= d <= D]
     if wrong:
-        raise UsageError(f"d is {wrong[0]}, but must be at least 1 and at most D = {D:,}, all parameters")
+        why = f", since SAID spends {least - 1} on the λ of its layers," if least > 1 else ""
+        raise UsageError(f"d is {wrong[0]}, but must be at least {least}{why} and at most D = {D:,}, all parameters")
     if plan.threshold.mode != "local":  # it is known before anything is trained
         _refuse_chance(plan.threshold.value, chance, examples, plan.threshold)
     search.ahead([None, search.first])
@@ -199,8 +201,8 @@ def _refuse_chance(wanted: float, chance: float, examples: int, threshold: Thres
 
 
 class _Search:
-    def __init__(self, runs: Runs, D: int, plan: Plan, scored: str, at: Callable[[str], None]) -> None:
-        self.runs, self.D, self.plan, self.scored, self.at = runs, D, plan, scored, at
+    def __init__(self, runs: Runs, D: int, plan: Plan, scored: str, least: int, at: Callable[[str], None]) -> None:
+        self.runs, self.D, self.plan, self.scored, self.least, self.at = runs, D, plan, scored, least, at
         self.scores: dict[int, tuple[float, ...]] = {}
         self.train_scores: dict[int, tuple[float, ...]] = {}
         self.rates: dict[int, float] = {}
@@ -209,7 +211,9 @@ class _Search:
     @property
     def first(self) -> int:
         """The d that is tried first."""
-        return self.plan.grid[0] if self.plan.grid else self.plan.start or max(1, round(math.sqrt(self.D)))
+        if self.plan.grid:
+            return self.plan.grid[0]
+        return max(self.least, round(math.sqrt(self.D))) if self.plan.start is None else self.plan.start
 
     def ahead(self, ds: Sequence[int | None]) -> None:
         """Let the workers start on all that these d are certain to need."""
@@ -245,8 +249,8 @@ class _Search:
         """Train at d until the threshold lies between two that are near one another."""
         low, high = 0, self.first
         if self.mean(high) >= wanted:
-            while high > 1 and not low:
-                below = max(1, int(high / self.plan.factor))
+            while high > self.least and not low:
+                below = max(self.least, int(high / self.plan.factor))
                 low, high = (0, below) if self.mean(below) >= wanted else (below, high)
         else:
             while self.mean(high) < wanted:
@@ -264,8 +268,8 @@ class _Search:
             largest, smallest = max(self.scores), min(self.scores)
             if found.d > 0 and found.high == math.inf > found.d and largest < self.D:
                 self.mean(min(self.D, math.ceil(largest * max(self.plan.resolution, 1.1))))
-            elif found.d < math.inf and found.low == 0 < found.d and smallest > 1:
-                self.mean(max(1, math.floor(smallest / max(self.plan.resolution, 1.1))))
+            elif found.d < math.inf and found.low == 0 < found.d and smallest > self.least:
+                self.mean(max(self.least, math.floor(smallest / max(self.plan.resolution, 1.1))))
             else:
                 return
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from trimtab.adapt.select import adaptable, base_modules
+from trimtab.subspace.layers import layer_groups
+from trimtab.subspace.offsets import groups_of
 from trimtab.subspace.problem import Problem, Protocol
 from trimtab.subspace.projection import make_projection
 from trimtab.subspace.runs import Trainer
@@ -21,24 +25,30 @@ A.3) found to work across tasks."""
 
 
 class Subject(NamedTuple):
-    """title, metric, split: for people. D: parameters. scored, chance, examples: the split that counts, what guessing
-    scores there, its size. n: training examples. lr: by default, of all parameters. make: gives the trainer; can be
-    sent to another process. about: what the runs depend on. features: Σ (in + out) of the weights a LoRA would be put
-    on, and how many; or None.
+    """title, metric, split: for people. shapes: of the parameters that are trained, by name. scored, chance, examples:
+    the split that counts, what guessing scores there, its size. n: training examples. least: the smallest d there is.
+    lr: by default, of all parameters. make: gives the trainer; can be sent to another process. about: what the runs
+    depend on. features: Σ (in + out) of the weights a LoRA would be put on, and how many; or None.
     """
 
     title: str
     metric: str
     split: str
-    D: int
+    shapes: Mapping[str, tuple[int, ...]]
     scored: str
     chance: float
     examples: int
     n: int
+    least: int
     lr: float
     make: Callable[[], Trainer]
     about: Mapping[str, Any]
     features: tuple[int, int] | None
+
+    @property
+    def D(self) -> int:
+        """How many parameters are trained."""
+        return sum(map(math.prod, self.shapes.values()))
 
 
 def of_problem(
@@ -53,11 +63,12 @@ def of_problem(
         problem.name,
         problem.metric,
         split.name,
-        problem.D,
+        _shapes(problem.make_model(0)),
         problem.scored,
         problem.chance,
         len(split),
         len(problem.train),
+        1,
         protocol.lr,
         functools.partial(problem_trainer, make, protocol, projection, dict(options)),
         about_problem(problem, protocol, projection, options),
@@ -69,18 +80,21 @@ def of_sentences(setting: Setting) -> Subject:
     """A model on a task of sentences. The model is loaded once, to be looked at."""
     trainer = SentenceTrainer(setting)
     loaded = trainer.load(0)
-    D = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
+    shapes = _shapes(loaded.model)
+    D = sum(map(math.prod, shapes.values()))
     make_projection(setting.projection, [D], 1, 0, **setting.options)
+    groups = groups_of(setting.mode, setting.layers, layer_groups(list(shapes)))
     start = "" if setting.pretrained else " with random weights"
     return Subject(
         f"{setting.task} for {loaded.name}{start}, {setting.mode.upper()}",
         "accuracy",
         f"{len(trainer.splits.test):,} test rows",
-        D,
+        shapes,
         "test",
         trainer.splits.chance,
         len(trainer.splits.test),
         len(trainer.splits.train),
+        1 if groups is None else len(set(groups)) + 1,
         FINE_TUNING_LR,
         functools.partial(SentenceTrainer, setting),
         {
@@ -93,10 +107,15 @@ def of_sentences(setting: Setting) -> Subject:
     )
 
 
-def _features(model: nn.Module, head: tuple[str, ...]) -> tuple[int, int]:
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad and p.numel()}
+
+
+def _features(model: nn.Module, head: tuple[str, ...]) -> tuple[int, int] | None:
+    sites, _ = adaptable(base_modules(model))
     own = [
-        module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not any(path == h or path.startswith(f"{h}.") for h in head)
+        site.layout
+        for path, site in sites.items()
+        if site.layout.linear and not any(path == h or path.startswith(f"{h}.") for h in head)
     ]
-    return sum(module.in_features + module.out_features for module in own), len(own)
+    return (sum(layout.in_features + layout.out_features for layout in own), len(own)) if own else None
