@@ -113,6 +113,52 @@ def test_a_folder_above_mnist_will_do_and_so_will_the_environment(mnist, tmp_pat
     assert len(make_problem("mnist-lenet").test) == 100
 
 
+@pytest.fixture
+def hub(mnist, tmp_path, monkeypatch):
+    """Where downloads of the dataset some/mnist are kept, with its revisions main and small; there is no connection."""
+    import huggingface_hub.constants
+
+    repository = tmp_path / "hub" / "datasets--some--mnist"
+    (repository / "refs").mkdir(parents=True)
+    for revision, digit in (("main", "a"), ("small", "b")):
+        folder = repository / "snapshots" / (digit * 40)
+        folder.mkdir(parents=True)
+        (repository / "refs" / revision).write_text(digit * 40)
+        if revision == "main":
+            for file in mnist.iterdir():
+                (folder / file.name).symlink_to(file)
+        else:
+            write_mnist(folder, test=30)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return repository
+
+
+@pytest.mark.parametrize(("name", "images"), [("some/mnist", 100), ("some/mnist@main", 100), ("some/mnist@small", 30)])
+def test_a_dataset_of_the_hub_that_holds_the_files_will_do(hub, name, images):
+    assert len(make_problem("mnist-fc", Path(name)).test) == images
+
+
+def test_a_folder_goes_before_a_dataset_of_its_name(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("some/mnist").mkdir(parents=True)
+    write_mnist(Path("some/mnist"), test=40)
+    assert len(make_problem("mnist-fc", Path("some/mnist")).test) == 40
+
+
+@pytest.mark.parametrize("name", ["some/other", "some/mnist@nowhere"])
+def test_a_dataset_that_cannot_be_had_says_what_is_needed(hub, name):
+    with pytest.raises(UsageError, match=f"{name}, which is no folder here, and as a dataset .* cannot be had") as told:
+        make_problem("mnist-fc", Path(name))
+    assert all(file in str(told.value) for pair in FILES.values() for file in pair)
+
+
+def test_a_dataset_without_all_of_the_files_is_refused(hub):
+    (hub / "snapshots" / ("a" * 40) / FILES["test"][1]).unlink()
+    with pytest.raises(UsageError, match=f"--data-dir names some/mnist, which lacks {FILES['test'][1]}"):
+        make_problem("mnist-fc", Path("some/mnist"))
+
+
 def test_shuffled_pixels_are_one_permutation_of_all_images(mnist):
     plain, shuffled, again, other = (
         make_problem("mnist-fc", mnist, **options)

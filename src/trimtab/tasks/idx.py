@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 import os
+import re
 import zlib
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimtab.errors import FormatError, UsageError
+from trimtab.models.load import hub_revision
 from trimtab.tasks.task import VARIABLE
 
 UNSIGNED_BYTE = 0x08
@@ -22,6 +24,8 @@ FILES = {
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
 """Images and labels of each half, as they are published."""
+REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*(@.+)?")
+"""OWNER/NAME of a hub's repository, or OWNER/NAME@REVISION."""
 
 
 def read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
@@ -55,7 +59,11 @@ def read_pair(folder: Path, half: str) -> tuple[npt.NDArray[np.uint8], npt.NDArr
 
 
 def mnist_folder(data_dir: Path | None) -> Path:
-    """The folder with the four files: `data_dir` or what TRIMTAB_DATA names, or mnist/ in it. UsageError if none."""
+    """The folder with the four files: `data_dir` or what TRIMTAB_DATA names, or mnist/ in it. UsageError if none.
+
+    data_dir may also name a dataset repository of the Hugging Face hub that holds them, OWNER/NAME or
+    OWNER/NAME@REVISION; they are fetched then.
+    """
     names = ", ".join(name for pair in FILES.values() for name in pair)
     wanted = f"the four files {names} (each plain or .gz)"
     named = data_dir or os.environ.get(VARIABLE)
@@ -64,12 +72,29 @@ def mnist_folder(data_dir: Path | None) -> Path:
             f"MNIST is not part of trimtab: name the folder with --data-dir or in {VARIABLE}; it holds {wanted}"
         )
     by, folder = "--data-dir" if data_dir else VARIABLE, Path(named).expanduser()
+    if data_dir and not folder.is_dir() and REPOSITORY.fullmatch(str(data_dir)):
+        folder = _fetched(str(data_dir), wanted)
     if not folder.is_dir():
         raise UsageError(f"{by} names {folder}, which is no folder; MNIST needs {wanted}")
     for candidate in (folder, folder / "mnist"):
         if not _missing(candidate):
             return candidate
-    raise UsageError(f"{by} names {folder}, which lacks {', '.join(_missing(folder))}; MNIST needs {wanted}")
+    raise UsageError(f"{by} names {named}, which lacks {', '.join(_missing(folder))}; MNIST needs {wanted}")
+
+
+def _fetched(name: str, wanted: str) -> Path:
+    """The folder with those of the files that a dataset repository of the hub has."""
+    from huggingface_hub import snapshot_download
+
+    repository, revision = hub_revision(name)
+    files = [f"{folder}{own}*" for pair in FILES.values() for own in pair for folder in ("", "mnist/")]
+    try:
+        return Path(snapshot_download(repository, repo_type="dataset", revision=revision, allow_patterns=files))
+    except Exception as error:  # the hub's library and those of the connection raise their own
+        raise UsageError(
+            f"--data-dir names {name}, which is no folder here, and as a dataset repository of the hub it cannot be "
+            f"had ({' '.join(str(error).split())[:200]}); MNIST needs {wanted}"
+        ) from error
 
 
 def _missing(folder: Path) -> list[str]:
