@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import trimtab
 from tiny_training import make_examples, make_llama
-from toys import built, holder, logits, numbers, stir
+from toys import Holder, built, holder, logits, numbers, stir
 from trimtab.adapt.adapter import Adapter
 from trimtab.deltas.core_bases import change_rates, core_bases
 from trimtab.deltas.dash import Dash, DashDelta
@@ -184,6 +187,39 @@ def test_the_map_is_the_definition() -> None:
     torch.testing.assert_close(model(x), torch.nn.functional.linear(x, dense, model.layer.bias), rtol=1e-5, atol=1e-5)
 
 
+class Largest(TorchDispatchMode):
+    """The numbers in the largest tensor that is made; views of others are not."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in given:
+                self.numbers = max(self.numbers, tensor.numel())
+        return made
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.25}, {"branch": "float32"}], ids=str)
+def test_a_token_costs_thin_products_and_no_dense_matrix_is_made(options: dict[str, Any]) -> None:
+    model, x = Holder(nn.Linear(48, 64)), numbers(7, 48)
+    counted: Any = {torch.ops.aten.addmm_: lambda y, a, b, **_: 2 * a[0] * a[1] * b[1]}  # not known to it
+    with FlopCounterMode(display=False, custom_mapping=counted) as base:
+        model(x)
+    adapter = stirred(trimtab.attach(model, small(**options), targets="layer"))
+    adapter.after_step(2)
+    model.train()
+    with FlopCounterMode(display=False, custom_mapping=counted) as adapted:
+        model(x)
+    # A multiplication and an addition for each of r + s directions and every number that comes in or goes out.
+    assert adapted.get_total_flops() - base.get_total_flops() == 2 * len(x) * (2 + 3) * (48 + 64)
+    with Largest() as largest:
+        model(x).sum().backward()
+    assert 7 * 64 <= largest.numbers < 48 * 64
+    assert all(parameter.grad is not None for parameter in adapter.parameters())
+
+
 def test_dropout_drops_nothing_of_what_the_directions_read() -> None:
     model, x = holder("linear")
     adapter = stirred(trimtab.attach(model, small(dropout=0.5), targets="layer"))
@@ -321,6 +357,31 @@ def test_a_saved_adapter_keeps_its_directions(tmp_path: Path) -> None:
     assert loaded.method == adapter.method
     kept = loaded.state_dict()
     assert all(torch.equal(kept[key], tensor) for key, tensor in adapter.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_a_bf16_base_nothing_jumps_at_the_switch_and_a_saved_adapter_is_the_same(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, after_step, jumped = make_llama().bfloat16(), Adapter.after_step, []
+
+    def watched(adapter: Adapter, step: int) -> list[nn.Parameter]:
+        before = logits(model, "llama")
+        fresh = after_step(adapter, step)
+        jumped.append((bool(fresh), not torch.equal(logits(model, "llama"), before)))
+        return fresh
+
+    monkeypatch.setattr(Adapter, "after_step", watched)
+    adapter = trimtab.attach(model, small(), seed=5, dtype=dtype)
+    trimtab.fit(adapter, make_examples(), Settings(batch_size=3, epochs=1, lr=1e-2, seed=5, packing="pad"))
+    assert jumped == [(False, False), (True, False), (False, False), (False, False)]
+    state = adapter.state_dict()
+    assert {t.dtype for t in state.values() if t.is_floating_point()} == {dtype}
+    assert all(bool(t.all()) for key, t in state.items() if key.endswith(".d"))
+    other = make_llama().bfloat16()
+    loaded = trimtab.load(other, adapter.save(tmp_path / "a")).state_dict()
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in state.items())
+    assert torch.equal(logits(other, "llama"), logits(model, "llama"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

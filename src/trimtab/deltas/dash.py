@@ -30,7 +30,8 @@ class Dash(LoRA):
 
     For `warm_up_steps` optimizer steps it is LoRA. Then each weight's singular vectors are ranked by their change rate
     δᵢ = |uᵢᵀ ΔW vᵢ| / (σᵢ + ε), ΔW = (α/r) B A, and the first `directions` of them get a coordinate each, zero at the
-    start, so that the output goes on where it was. A, B and d are trained from there.
+    start, so that the output goes on where it was. A, B and d are trained from there. Exported, it is a LoRA of rank
+    r + s: the same map to 1e-6 on a base in fp32, and to the base's rounding on one of fewer bits.
     """
 
     name: ClassVar[str] = "dash"
