@@ -1,26 +1,29 @@
 """Milliseconds of one training step of MNIST's fully connected net: directly, and in a subspace of each projection.
 
 usage: python benchmarks/subspace_steps.py [--threads 1] [--rounds 15] [--steps 20] [--d 750] [--names uni ...]
-    [--out benchmarks/results/subspace_steps.jsonl]
+    [--diagonal gaussian] [--out benchmarks/results/subspace_steps.jsonl]
 
 The net 784-200-200-10 (D = 199,210) on noise, batches of 128, Adam; the sides take turns, --steps steps of each in
-every round, the first of which is not counted. `bytes` is what training keeps besides the net's activations and P: what
-is trained, its gradient and Adam's two averages, and in a subspace also θ, θ0 and the gradient of θ, which every
-projection needs. What P keeps is in the lines of hadamard.py. Appends one JSON line.
+every round, after a run of each that is not timed. --diagonal: G of both fastfoods, by default that of `trimtab measure
+dimension`. Bytes are of the tensors that exist, each storage once: `projection_bytes` what P keeps, `training_bytes`
+what a run holds besides P and the data at the end of an epoch, when activations and, in a subspace, the gradient of θ
+are gone. Appends one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import statistics
 from pathlib import Path
 
 import torch
 
+from trimtab.subspace.blocks import DIAGONALS
 from trimtab.subspace.problem import Problem, Protocol, Split
-from trimtab.subspace.projection import PROJECTIONS, make_projection
+from trimtab.subspace.projection import PROJECTIONS, Projection, make_projection
 from trimtab.subspace.training import train
 from trimtab.tasks.vision import fully_connected
 from trimtab.train.machine import keep_freed_memory
@@ -53,6 +56,29 @@ def made_up(steps: int) -> Problem:
     )
 
 
+def held() -> int:
+    """Bytes of all tensors there are, each storage once."""
+    tensors = [own for own in gc.get_objects() if issubclass(type(own), torch.Tensor)]
+    tensors += [own.grad for own in tensors if own.is_leaf and own.grad is not None]
+    storages = [own.untyped_storage() for own in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def side(problem: Problem, name: str, d: int, diagonal: str) -> tuple[Projection, int]:
+    """A projection that is drawn, and the bytes of what it keeps."""
+    before = held()
+    made = make_projection(name, problem.sizes, d, 0, **({"diagonal": diagonal} if name.startswith("fastfood") else {}))
+    made.expand(torch.zeros(d))
+    return made, held() - before
+
+
+def training_bytes(problem: Problem, subspace: Projection | None) -> int:
+    """What a run holds besides the data and P."""
+    before, found = held(), []
+    train(problem, seed=0, subspace=subspace, on_epoch=lambda *_: found.append(held() - before))
+    return found[-1]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
@@ -60,24 +86,28 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--d", type=int, default=750)
     parser.add_argument("--names", nargs="+", choices=list(PROJECTIONS), default=list(PROJECTIONS))
+    parser.add_argument("--diagonal", choices=DIAGONALS, default="gaussian")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "subspace_steps.jsonl")
     asked = parser.parse_args()
     keep_freed_memory()
     torch.set_num_threads(asked.threads)
     problem = made_up(asked.steps)
-    sides = {DIRECT: None, **{name: make_projection(name, problem.sizes, asked.d, 0) for name in asked.names}}
+    sides = {DIRECT: (None, 0), **{name: side(problem, name, asked.d, asked.diagonal) for name in asked.names}}
+    bytes_of = {
+        name: {"projection_bytes": kept, "training_bytes": training_bytes(problem, subspace)}
+        for name, (subspace, kept) in sides.items()
+    }
     times: dict[str, list[float]] = {name: [] for name in sides}
-    for round_ in range(asked.rounds + 1):
-        for name, subspace in sides.items():
+    for _ in range(asked.rounds):
+        for name, (subspace, _) in sides.items():
             outcome = train(problem, seed=0, subspace=subspace)
-            if round_:
-                times[name].append(1e3 * outcome.seconds / outcome.steps)
+            times[name].append(1e3 * outcome.seconds / outcome.steps)
     found = {}
     for name, own in times.items():
         low, median, high = (round(value, 3) for value in statistics.quantiles(own))
-        floats = 4 * problem.D if sides[name] is None else 4 * asked.d + 3 * problem.D
-        found[name] = {"ms": median, "quartiles_ms": [low, high], "bytes": 4 * floats}
-    line = {**{key: getattr(asked, key) for key in ("threads", "rounds", "steps", "d")}, "D": problem.D, "sides": found}
+        found[name] = {"ms": median, "quartiles_ms": [low, high], **bytes_of[name]}
+    given = {key: getattr(asked, key) for key in ("threads", "rounds", "steps", "d", "diagonal")}
+    line = {**given, "D": problem.D, "sides": found}
     print(json.dumps(line, indent=1))
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     with asked.out.open("a", encoding="utf-8") as file:
