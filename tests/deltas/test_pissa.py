@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from itertools import accumulate, chain, repeat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -127,6 +129,18 @@ def test_weights_are_decomposed_together_and_said_so_beforehand(
         trimtab.attach(built("llama"), small("milora"), targets=["q_proj", "v_proj"])
     (said,) = [message for message in caplog.messages if message.startswith("decomposing")]
     assert said.startswith("decomposing 4 weights, about ")
+
+
+def test_the_time_said_is_not_that_of_a_first_or_a_disturbed_decomposition(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = chain([50.0, 2.0, 9.0], repeat(2.0))
+    readings = accumulate(chain.from_iterable((1.0, taken) for taken in seconds))
+    monkeypatch.setattr(core_bases, "time", SimpleNamespace(perf_counter=lambda: next(readings)))
+    weights = [numbers(192, 192, seed=seed) for seed in range(3 * torch.get_num_threads())]
+    with caplog.at_level(logging.INFO):
+        core_bases.prepare(weights, cache=tmp_path)
+    assert f"decomposing {len(weights)} weights, about 6 s" in caplog.text
 
 
 @each

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -118,8 +119,11 @@ def _work(matrix: Tensor) -> float:
 
 
 def _seconds(matrices: Sequence[Tensor], workers: int) -> float:
-    """How long decomposing them takes about, from a small one."""
+    """How long decomposing them takes about: from the median of a few small ones, after a first that is always slow."""
     small = torch.randn(192, 192, generator=torch.Generator().manual_seed(0))
-    start = time.perf_counter()
-    torch.linalg.svd(small, full_matrices=False)
-    return sum(map(_work, matrices)) / _work(small) * (time.perf_counter() - start) / workers
+    taken = []
+    for _ in range(6):
+        start = time.perf_counter()
+        torch.linalg.svd(small, full_matrices=False)
+        taken.append(time.perf_counter() - start)
+    return sum(map(_work, matrices)) / _work(small) * median(taken[1:]) / workers
