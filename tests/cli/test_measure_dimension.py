@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tiny_classifier import lines, make_folder, write_table
 from trimtab.cli import run
+from trimtab.subspace.crossing import GRIDS
 
 QUICK = ["--workers", "1", "--seeds", "2"]
 TOY = ["--task", "toy", "--threshold", "absolute", "--share", "0.99", "--lr-scale", "none", *QUICK]
@@ -38,7 +39,10 @@ def test_the_toy_has_dimension_ten(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--task", "mnist-fc", "--data-dir", "/nowhere"], "which is no folder"),
         (["--grid", "0,5"], "d is 0, but must be at least 1"),
         (["--grid", "5,1000000"], "d is 1000000, but must be at least 1 and at most D ="),
-        (["--grid", "five"], "must be numbers with commas"),
+        (["--grid", "five"], "must be numbers with commas between them, or li2018 or aghajanyan2020"),
+        (["--grid", ","], "there is no d up to D ="),
+        (["--rates-at", "first"], "--rates-at is for several --rates"),
+        (["--reuse", "/nowhere"], "/nowhere/search.json does not exist"),
         (["--projection", "none"], "unknown projection 'none'"),
         (["--mode", "said"], "--mode is for a task with --model"),
         (["--rows", "5"], "--rows is for a task with --model"),
@@ -124,6 +128,25 @@ def test_measurements_that_were_kept_are_set_side_by_side(toys: list[str], tmp_p
     assert run(["measure", "dimension", "--compare", *toys]) == 0
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("uni", "dense", "1,000", "√(first d/n)", "d90 is least for"))
+
+
+def test_runs_of_all_parameters_are_taken_from_a_measurement_with_another_projection(
+    toys: list[str], tmp_path: Path, capsys
+) -> None:
+    flags = [*TOY, "--grid", "8,12", "--projection", "sparse", "--out", str(tmp_path / "sparse")]
+    assert run(["measure", "dimension", *flags, "--reuse", toys[0]]) == 0
+    first, own = ((Path(folder) / "runs.jsonl").read_text().splitlines() for folder in (toys[0], tmp_path / "sparse"))
+    assert own[:2] == first[:2], "to the second that they took"
+    assert len(own) == len(first)
+    assert run(["measure", "dimension", *flags[:-1], str(tmp_path / "other"), "--epochs", "3", "--reuse", toys[0]]) == 2
+    assert f"{toys[0]} holds the runs of another search: epochs" in capsys.readouterr().err
+
+
+def test_the_grid_of_a_paper_is_taken_by_its_name_up_to_all_parameters(capsys) -> None:
+    assert run(["measure", "dimension", *TOY, "--seeds", "1", "--grid", "aghajanyan2020", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["plan"]["grid"] == [d for d in GRIDS["aghajanyan2020"] if d <= 1000]
+    assert told["crossing"]["first"] == 100
 
 
 @pytest.mark.parametrize(

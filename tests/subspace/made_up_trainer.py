@@ -34,7 +34,7 @@ def train(
 
 def wait_for_another(notes: Path) -> None:
     """Return when the run of an odd line has one after it. TimeoutError when none comes."""
-    own, end = len(notes.read_text().splitlines()), time.monotonic() + 20
+    own, end = len(notes.read_text().splitlines()), time.monotonic() + 300
     while len(notes.read_text().splitlines()) < own + own % 2:
         if time.monotonic() > end:
             raise TimeoutError(f"no run was begun beside number {own}")

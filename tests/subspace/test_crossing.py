@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimtab.errors import UsageError
-from trimtab.subspace.crossing import Threshold, crossing, isotonic
+from trimtab.subspace.crossing import GRIDS, Threshold, crossing, isotonic
 
 
 def curve(d90: float, noise: float = 0.0, seeds: int = 3) -> dict[int, list[float]]:
@@ -56,6 +56,14 @@ def test_what_was_not_reached_or_never_missed_is_said() -> None:
 
 def test_the_paper_takes_what_is_above_and_not_what_is_equal() -> None:
     assert crossing({10: [0.5], 20: [0.9], 30: [0.95]}, [1.0], Threshold("global", 0.9)).first == 30
+
+
+def test_the_grids_of_papers_hold_the_values_they_publish() -> None:
+    assert all(list(grid) == sorted(set(grid)) for grid in GRIDS.values())
+    assert {200, 600, 650, 725, 750, 775, 900} <= set(GRIDS["li2018"])
+    published = {207, 322, 774, 896, 1037, 1200, 1389, 1608, 1861, 2493, 8030, 9295}
+    assert published <= set(GRIDS["aghajanyan2020"])
+    assert (GRIDS["aghajanyan2020"][0], GRIDS["aghajanyan2020"][-1]) == (100, 1_000_000)
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))

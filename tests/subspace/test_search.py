@@ -114,6 +114,27 @@ def test_rates_are_scaled_and_chosen_by_a_seed_of_their_own() -> None:
     assert set(found(runs(d90=700.0), lr=1e-3, lr_scale="none").rates.values()) == {1e-3}
 
 
+def test_a_multiple_can_be_chosen_at_the_first_d_for_all(tmp_path: Path) -> None:
+    own = runs(d90=700.0)
+    done = found(own, rates=(0.5, 1.0, 2.0), rates_at="first", lr=1e-3)
+    swept = [run for run in own.known if run.seed == SWEEP_SEED]
+    assert {run.d for run in swept} == {None, round(D**0.5)}
+    assert len(swept) == 2 * 3
+    assert all(rate == pytest.approx(0.5e-3 * (D / d) ** 0.5) for d, rate in done.rates.items()), "all score alike"
+    assert done.scores == found(runs(d90=700.0), lr=1e-3).scores
+
+
+def test_the_multiple_that_is_chosen_is_the_best_by_validation() -> None:
+    def train(run: Run) -> Outcome:
+        best = 1e-3 if run.d is None else 2e-3
+        validation = 1 - abs(run.lr - best) if run.d in (None, 10) else 1 - run.lr
+        return Outcome(run.seed, run.d or D, run.lr, 0.9, validation, 0.9, 2.0, 0.1, 1.0, 10, False)
+
+    plan = {"rates": (1.0, 2.0, 4.0), "lr_scale": "none", "grid": (10, 20)}
+    assert found(Runs(lambda: train, {}), **plan).rates == {10: 2e-3, 20: 1e-3, D: 1e-3}
+    assert found(Runs(lambda: train, {}), rates_at="first", **plan).rates == {10: 2e-3, 20: 2e-3, D: 1e-3}
+
+
 def test_stored_runs_are_not_trained_again(tmp_path: Path) -> None:
     notes = tmp_path / "notes"
     first = found(runs(tmp_path / "search", notes=notes))
@@ -158,12 +179,12 @@ def test_a_killed_search_goes_on_where_it_was(stop: signal.Signals, workers: int
     tests = str(Path(__file__).parent)
     script.write_text(SEARCH.format(tests=tests, notes=str(notes), folder=str(folder), workers=workers))
     process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, start_new_session=True)
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while (not notes.exists() or len(notes.read_text().splitlines()) < 6) and time.monotonic() < end:
         time.sleep(0.02)
     os.kill(process.pid, stop)
     try:
-        process.communicate(timeout=60)  # until nobody holds the pipe: the workers have ended too
+        process.communicate(timeout=300)  # until nobody holds the pipe: the workers have ended too
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -246,6 +267,7 @@ def test_a_baseline_that_diverged_is_refused() -> None:
         {"start": D + 1},
         {"seeds": 0},
         {"lr_scale": "d"},
+        {"rates_at": "last"},
         {"rates": ()},
         {"factor": 1},
     ],

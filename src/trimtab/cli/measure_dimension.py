@@ -59,16 +59,27 @@ class DimensionFlags:
     )
     share: float = option(0.9, "the share, or the accuracy of an absolute threshold")
     seeds: int = option(3, "runs at every d: start (of a pretrained model, its head), projection and order differ")
-    grid: str | None = option(None, "try exactly these d, as 100,200,500, instead of searching")
+    grid: str | None = option(
+        None,
+        "try exactly these d, as 100,200,500, instead of searching; li2018 or aghajanyan2020: that paper's, up to D",
+    )
     start: int | None = option(None, "the first d of the search; by default √D")
     resolution: float = option(1.2, "how far apart, as a ratio, the d may be between which the dimension is found")
     lr: float | None = option(None, "of training all parameters; by default the task's")
     lr_scale: Literal["sqrt", "none"] = option("sqrt", "in a subspace: times √(D/d), or as it is, as the papers do")
-    rates: str = option("1", "multiples of the learning rate to choose from at every d, as 0.5,1,2")
+    rates: str = option("1", "multiples of the learning rate to choose from, as 0.5,1,2")
+    rates_at: Literal["each", "first"] = option(
+        "each", "choose at each d, or at the first d that is tried for all of them"
+    )
     epochs: int | None = option(None, "passes over the data; by default the task's")
     batch_size: int | None = option(None, "examples a step; by default the task's")
     l2: float | None = option(None, "weight of the squares of all parameters; by default the task's")
     workers: int | None = option(None, "runs at once, one thread each; by default as many as there are cores")
+    reuse: str | None = option(
+        None,
+        "an earlier --out whose runs are taken: all where they are trained alike, those of all parameters where only "
+        "--projection, --diagonal or --mode differs",
+    )
     out: str | None = option(None, "folder that keeps every run, results.json and report.html; a search there goes on")
 
 
@@ -106,7 +117,7 @@ def run(name: str, summary: str, argv: list[str]) -> None:
 def _one(flags: DimensionFlags, subject: Subject, screen: Screen) -> tuple[Measured, Told]:
     from trimtab.report.dimension_results import Told, protocol_of
 
-    plan = _plan(flags, subject.lr)
+    plan = _plan(flags, subject)
     measured = _measured(flags, subject, plan, screen)
     protocol = protocol_of(subject.about, plan)
     return measured, Told(subject.title, subject.metric, subject.split, subject.n, protocol, subject.features)
@@ -165,9 +176,9 @@ def _checkpoint(
     from trimtab.report.dimension_results import Measurement, Unmeasured
     from trimtab.subspace.search import NoDimension
 
-    within = str(Path(flags.out) / label) if flags.out is not None else None
+    within, reuse = (str(Path(folder) / label) if folder is not None else None for folder in (flags.out, flags.reuse))
     try:
-        measured, about = _one(dataclasses.replace(flags, out=within), subject, screen)
+        measured, about = _one(dataclasses.replace(flags, out=within, reuse=reuse), subject, screen)
     except NoDimension as error:
         screen.warn(f"{label} is not measured: {error}")
         return Unmeasured(label, at, subject.title, subject.D, error.reason, str(error))
@@ -240,6 +251,8 @@ def _refuse_idle(flags: DimensionFlags) -> None:
     searching = [name for name in _changed(flags) if name in ("start", "resolution")]
     if flags.grid is not None and searching:
         raise UsageError(f"--{searching[0]} is for a search, but --grid names the d to try: leave one of them out")
+    if "rates_at" in _changed(flags) and "," not in flags.rates:
+        raise UsageError("--rates-at is for several --rates to choose from: name them, or leave it out")
     if "diagonal" in _changed(flags) and not _projection(flags).startswith("fastfood"):
         raise UsageError(f"--diagonal is for fastfood and fastfood-blocks, and the projection is {_projection(flags)}")
 
@@ -332,6 +345,8 @@ def _measured(flags: DimensionFlags, subject: Subject, plan: Plan, screen: Scree
             trained.append(text)
 
         with closing(Runs(subject.make, subject.about, folder, workers=workers)) as runs:
+            if flags.reuse is not None:
+                runs.take(Path(flags.reuse).expanduser())
             return measure(
                 runs,
                 subject.D,
@@ -344,7 +359,7 @@ def _measured(flags: DimensionFlags, subject: Subject, plan: Plan, screen: Scree
             )
 
 
-def _plan(flags: DimensionFlags, lr: float) -> Plan:
+def _plan(flags: DimensionFlags, subject: Subject) -> Plan:
     from trimtab.subspace.crossing import Threshold
     from trimtab.subspace.search import Plan
 
@@ -355,16 +370,30 @@ def _plan(flags: DimensionFlags, lr: float) -> Plan:
         threshold=Threshold(flags.threshold, flags.share),
         resolution=flags.resolution,
         start=flags.start,
-        grid=tuple(_numbers("grid", flags.grid or "", int)),
-        lr=lr if flags.lr is None else flags.lr,
+        grid=() if flags.grid is None else _grid(flags.grid, subject.D),
+        lr=subject.lr if flags.lr is None else flags.lr,
         lr_scale=flags.lr_scale,
         rates=tuple(_numbers("rates", flags.rates, float)),
+        rates_at=flags.rates_at,
     )
 
 
-def _numbers(name: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+def _grid(text: str, D: int) -> tuple[int, ...]:
+    """Numbers, or those of a paper up to D."""
+    from trimtab.subspace.crossing import GRIDS
+
+    if text not in GRIDS:
+        found = tuple(_numbers("grid", text, int, f", or {' or '.join(GRIDS)}"))
+    else:
+        found = tuple(d for d in GRIDS[text] if d <= D)
+    if not found:
+        raise UsageError(f"grid is '{text}', in which there is no d up to D = {D:,}")
+    return found
+
+
+def _numbers(name: str, text: str, kind: Callable[[str], Any], otherwise: str = "") -> list[Any]:
     """Numbers with commas between them."""
     try:
         return [kind(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
-        raise UsageError(f"{name} is '{text}', but must be numbers with commas between them") from error
+        raise UsageError(f"{name} is '{text}', but must be numbers with commas between them{otherwise}") from error

@@ -22,6 +22,13 @@ DRAWS, LEVEL = 2000, 0.95
 EDGE = 1e-4
 """How near to 0 and 1 an accuracy is taken to be, at most: the logistic curve reaches neither."""
 
+GRIDS: dict[str, tuple[int, ...]] = {
+    "li2018": (10, 50, 100, 200, 300, *range(350, 801, 25), 850, 900, 1000, 1250, 1500),
+    "aghajanyan2020": tuple(int(10 ** (2 + 4 * k / 63)) for k in range(64)),
+}
+"""The d that papers tried, on which a first crossing depends. li2018: arXiv 1804.08838, for MNIST, from its released
+results. aghajanyan2020: arXiv 2012.13255, inferred from the values in its tables, which are among these but for one."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Threshold:

@@ -48,7 +48,8 @@ class Plan:
     between two of them. grid: exactly these d instead of a search.
     lr: of training all parameters. lr_scale: sqrt multiplies it by √(D/d) in a subspace, since with unit columns a
     step of Adam moves θ by lr √d and not by lr √D; none leaves it as the papers do. rates: multiples of it to choose
-    from at every d and for the baseline alike, by the validation score with a seed of its own.
+    from, by the validation score with a seed of its own. rates_at: each d has a choice of its own, or what is best at
+    the first d that is tried is taken at all of them; for the baseline there is a choice in both cases.
     """
 
     seeds: int = 3
@@ -60,6 +61,7 @@ class Plan:
     lr: float = 1e-3
     lr_scale: str = "sqrt"
     rates: tuple[float, ...] = (1.0,)
+    rates_at: str = "each"
 
     def __post_init__(self) -> None:
         problems = []
@@ -71,6 +73,8 @@ class Plan:
             problems.append(f"factor is {self.factor}, but must be above 1")
         if self.lr_scale not in ("sqrt", "none"):
             problems.append(f"lr_scale is '{self.lr_scale}', but must be sqrt or none")
+        if self.rates_at not in ("each", "first"):
+            problems.append(f"rates_at is '{self.rates_at}', but must be each or first")
         if not self.rates or not all(rate > 0 for rate in self.rates):
             problems.append(f"rates are {list(self.rates)}, but must be numbers above 0")
         if problems:
@@ -286,16 +290,14 @@ class _Search:
 
     def sweep(self, d: int | None) -> list[Run]:
         """The runs that the learning rate for d is chosen by; none where there is no choice."""
-        rates = self.scaled(d)
-        return [Run(d, SWEEP_SEED, rate) for rate in rates] if len(rates) > 1 else []
+        at = d if d is None or self.plan.rates_at == "each" else self.first
+        return [Run(at, SWEEP_SEED, rate) for rate in self.scaled(at)] if len(self.plan.rates) > 1 else []
 
     def rate(self, d: int | None) -> float:
         """The learning rate in d dimensions: scaled, and the best of the plan's multiples."""
-        rates = self.scaled(d)
         tried = self.runs.outcomes(self.sweep(d))
-        if not tried:
-            return rates[0]
-        return max(zip(rates, tried, strict=True), key=lambda pair: (not pair[1].diverged, pair[1].validation))[0]
+        best = max(range(len(tried)), key=lambda i: (not tried[i].diverged, tried[i].validation), default=0)
+        return self.scaled(d)[best]
 
     def scaled(self, d: int | None) -> list[float]:
         """The learning rates to choose from in d dimensions."""
