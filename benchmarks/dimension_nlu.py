@@ -4,18 +4,24 @@ usage: python benchmarks/dimension_nlu.py --data DIR [--only sst2-did ...] [--ou
     [flags of trimtab measure dimension ...]
 
 --data: the folder that holds nlu/. Each measurement is a `trimtab measure dimension` in a folder of its own, and one
-that was stopped goes on where it was; then all that are there are compared, in --out itself. SETTINGS are of a task,
-the same for all three. At every d, and for the baseline, the learning rate is the better of two by the validation
-split. A baseline that is not clear of chance ends its measurement with the reason, and the next one follows.
+that was stopped goes on where it was. SETTINGS are of a task, the same for all three. At every d, and for the baseline,
+the learning rate is the better of two by the validation split. A baseline that is not clear of chance ends its
+measurement with the reason, and the next one follows.
+
+0.9 of its own baseline is easier to reach for a net that learns less, so what was measured of a task is measured again
+with one threshold for all, 0.9 of the lowest of their baselines, in the folder TASK-common; few runs are new then, and
+they are compared there. SAID takes the runs of all parameters that DID trained: they are the same.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from trimtab.cli import run
+from trimtab.cli import measure_dimension
+from trimtab.files import read_json
+from trimtab.subspace.search import NoDimension
 
 SETTINGS = {
     "sst2": ("--rows", "1500", "--test-rows", "1800", "--epochs", "3"),
@@ -24,7 +30,6 @@ SETTINGS = {
 KINDS = {"did": (), "said": ("--mode", "said"), "random": ("--random-weights",)}
 MEASUREMENTS = {f"{task}-{kind}": (task, kind) for task in SETTINGS for kind in KINDS}
 SAME = ("--model", "minilm", "--start", "500", "--resolution", "1.5", "--rates", "1,4")
-NO_DIMENSION = 1  # the command's exit code where there is none to find
 
 
 def main() -> None:
@@ -35,13 +40,44 @@ def main() -> None:
     asked, passed_on = parser.parse_known_args()
     for name in asked.only:
         task, kind = MEASUREMENTS[name]
-        what = ["--task", task, "--data-dir", asked.data, "--out", str(asked.out / name)]
-        code = run(["measure", "dimension", *SAME, *what, *SETTINGS[task], *KINDS[kind], *passed_on])
-        if code not in (0, NO_DIMENSION):
-            sys.exit(code)
-    found = [str(path.parent) for path in sorted(asked.out.glob("*/results.json"))]
+        like = asked.out / f"{task}-did"
+        taken = ["--reuse", str(like)] if kind == "said" and (like / "search.json").exists() else []
+        measured(name, [*flags_of(name, asked.data), *taken, "--out", str(asked.out / name), *passed_on])
+    for task in SETTINGS:
+        in_common(task, asked.data, asked.out, passed_on)
+
+
+def flags_of(name: str, data: str) -> list[str]:
+    task, kind = MEASUREMENTS[name]
+    return [*SAME, "--task", task, "--data-dir", data, *SETTINGS[task], *KINDS[kind]]
+
+
+def measured(name: str, flags: Sequence[str]) -> bool:
+    """Whether there is a dimension to find; where there is none, the reason is printed. Other errors are raised."""
+    try:
+        measure_dimension.run("measure dimension", "", list(flags))
+    except NoDimension as error:
+        print(f"{name} is not measured: {error}", flush=True)
+        return False
+    return True
+
+
+def in_common(task: str, data: str, out: Path, passed_on: Sequence[str]) -> None:
+    """What was measured of a task once more, with one threshold for all, and side by side."""
+    own = {kind: out / f"{task}-{kind}" for kind in KINDS if (out / f"{task}-{kind}" / "results.json").exists()}
+    if len(own) < 2:
+        return
+    baselines = [read_json(folder / "results.json")["baseline"] for folder in own.values()]
+    lowest = min(sum(scores) / len(scores) for scores in baselines)
+    threshold = ["--threshold", "absolute", "--share", f"{0.9 * lowest:.4f}"]
+    common = out / f"{task}-common"
+    found = []
+    for kind, folder in own.items():
+        flags = [*flags_of(f"{task}-{kind}", data), *threshold, "--reuse", str(folder), "--out", str(common / kind)]
+        if measured(f"{task}-{kind}", [*flags, *passed_on]):
+            found.append(str(common / kind))
     if len(found) > 1:
-        sys.exit(run(["measure", "dimension", "--compare", *found, "--out", str(asked.out)]))
+        measure_dimension.run("measure dimension", "", ["--compare", *found, "--out", str(common)])
 
 
 if __name__ == "__main__":

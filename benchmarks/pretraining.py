@@ -7,10 +7,12 @@ starts and after 50, 150, 500, 1,500 and 3,000 steps. The task that is learned f
 four packages a function is from, its code put on one line. Functions are tested on whose modules neither training has
 seen; the functions that the task is trained on are part of the pretraining's text.
 
-The series is measured by `trimtab measure dimension --checkpoints` twice, on the same runs: with a threshold of 0.9 of
-each checkpoint's own baseline, and with one for all, 0.9 of the lowest baseline. There is one pretraining, from one
-start: seeds draw heads, projections and the order of the data. Everything that was done stands in --out and is not done
-again; a pretraining that was stopped goes on at the last checkpoint. All other flags of the command are passed on.
+The series is measured by `trimtab measure dimension --checkpoints` twice: with a threshold of 0.9 of each checkpoint's
+own baseline, and with one for all, 0.9 of the lowest baseline, which takes the runs of the first. The learning rate is
+the best of three multiples by the validation split: of all parameters, and in subspaces at the first d that is tried,
+whose multiple of lr √(D/d) every other d is given. There is one pretraining, from one start: seeds draw heads,
+projections and the order of the data. Everything that was done stands in --out and is not done again; a pretraining
+that was stopped goes on at the last checkpoint. All other flags of the command are passed on.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ import argparse
 import json
 import os
 import random
-import shutil
 import sys
 import sysconfig
 from collections.abc import Sequence
@@ -44,7 +45,8 @@ PACKAGES = ("asyncio", "idlelib", "tkinter", "xml")
 EACH = {"train": 170, "test": 85}
 """Functions of each package."""
 END = "<|end|>"
-MEASURED = ("--epochs", "10", "--lr", "1e-3", "--rates", "0.5,1,2", "--resolution", "1.5")
+RATES = ("--lr", "1e-3", "--rates", "0.5,1,2", "--rates-at", "first")
+MEASURED = ("--epochs", "10", *RATES, "--resolution", "1.5")
 
 
 def main() -> None:
@@ -63,10 +65,8 @@ def main() -> None:
     stop_unless_done(run([*series, "--out", str(out / "own")]))
     found = [read_json(path)["baseline"] for path in (out / "own").glob("*/results.json")]
     lowest = min(sum(scores) / len(scores) for scores in found)
-    if not (out / "common").exists():
-        shutil.copytree(out / "own", out / "common", ignore=shutil.ignore_patterns("results.json", "report.html"))
-    common = ["--threshold", "absolute", "--share", f"{0.9 * lowest:.4f}", "--out", str(out / "common")]
-    stop_unless_done(run([*series, *common]))
+    common = ["--threshold", "absolute", "--share", f"{0.9 * lowest:.4f}", "--reuse", str(out / "own")]
+    stop_unless_done(run([*series, *common, "--out", str(out / "common")]))
 
 
 def stop_unless_done(code: int) -> None:
