@@ -100,6 +100,16 @@ def test_checkpoints_of_other_shapes_are_told_even_where_they_have_as_many_param
     assert told in capsys.readouterr().err
 
 
+def test_a_series_takes_the_runs_of_each_checkpoint_from_an_earlier_one(sentences: list[str], tmp_path: Path) -> None:
+    made = [str(make_folder(tmp_path / f"step-{step}")) for step in (1, 2)]
+    flags = [*sentences, "--checkpoints", *made, "--grid", "2,40", "--lr", "1e-2", "--threshold", "absolute"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run(["measure", "dimension", *flags, "--out", str(first)]) == 0
+    assert run(["measure", "dimension", *flags, "--share", "0.8", "--reuse", str(first), "--out", str(second)]) == 0
+    for step in ("step-1", "step-2"):
+        assert (second / step / "runs.jsonl").read_bytes() == (first / step / "runs.jsonl").read_bytes()
+
+
 def shrink(folder: Path, name: str) -> None:
     """Leave the last row of a tensor out of the checkpoint in a folder."""
     tensors = load_file(folder / "model.safetensors")
