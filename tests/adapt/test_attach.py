@@ -208,14 +208,15 @@ def test_where_every_linear_layer_is_refused_the_first_is_named_with_the_reason(
 
 
 def test_a_linear_layer_with_a_forward_of_its_own_is_refused() -> None:
-    with pytest.raises(UsageError, match="is a Doubling, which is not"):
+    with pytest.raises(UsageError, match="is a Doubling, which computes otherwise than a linear layer"):
         trimtab.attach(Holder(Doubling(4, 4)), SMALL, targets="layer")
 
 
-def test_weights_that_are_not_floating_point_are_refused() -> None:
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_weights_that_are_no_floating_point_numbers_to_compute_with_are_refused(dtype: torch.dtype) -> None:
     model = Holder(nn.Linear(4, 4))
-    model.layer.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(UsageError, match=r"layer, which holds torch.int8 numbers"):
+    model.layer.weight = nn.Parameter(torch.ones(4, 4).to(dtype), requires_grad=False)
+    with pytest.raises(UsageError, match=f"layer, which holds {dtype} numbers"):
         trimtab.attach(model, SMALL, targets="layer")
 
 

@@ -94,11 +94,12 @@ def adaptable(modules: Mapping[str, nn.Module]) -> tuple[dict[str, Site], dict[s
         elif "forward" in module.__dict__:
             refused[path] = "has a forward of its own, put over its class's (by a hook?), which hides an adapted one"
         elif layout is None:
-            refused[path] = (
-                f"is a {original_class(module).__name__}, which is not a linear, convolution or embedding layer"
-            )
-        elif not weight.is_floating_point():
-            refused[path] = f"holds {weight.dtype} numbers: load the model in a floating-point dtype"
+            wrong = "is not a linear, convolution or embedding layer"
+            if isinstance(module, nn.Linear):
+                wrong = "computes otherwise than a linear layer (is it quantised?)"
+            refused[path] = f"is a {original_class(module).__name__}, which {wrong}"
+        elif not weight.is_floating_point() or weight.itemsize < 2:
+            refused[path] = f"holds {weight.dtype} numbers: load the model in a floating-point dtype of 16 bits or more"
         else:
             sites[path] = Site(path, module, layout)
     return sites, refused
