@@ -58,6 +58,7 @@ def test_the_toy_has_dimension_ten(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--share", "1.5"], "must be above 0 and at most 1"),
         (["--workers", "0"], "workers is 0"),
         (["--seeds", "0"], "seeds is 0"),
+        (["--lr", "-1"], "lr is -1.0, but must be above 0"),
     ],
     ids=str,
 )

@@ -265,6 +265,7 @@ def test_a_baseline_that_diverged_is_refused() -> None:
         {"grid": (5, D + 1)},
         {"start": D + 1},
         {"seeds": 0},
+        {"lr": 0.0},
         {"lr_scale": "d"},
         {"rates_at": "last"},
         {"rates": ()},

@@ -31,7 +31,9 @@ class DimensionFlags:
     """What to measure, how sure to be, and how each run is trained."""
 
     task: str = option("digits", "see below; with --model: sst2, mrpc, or a training file of sentences with labels")
-    data_dir: str | None = option(None, "folder with the task's files (MNIST's four IDX files, nlu/)")
+    data_dir: str | None = option(
+        None, "folder with the task's files (MNIST's four IDX files, nlu/); for MNIST also a hub's dataset, OWNER/NAME"
+    )
     test_data: str | None = option(None, "with a file as --task: the file that is scored")
     model: str | None = option(None, "a pretrained encoder or causal model, under a head that is trained")
     compare: tuple[str, ...] = option(

@@ -193,7 +193,8 @@ def protocol_sentence(measured: Measured, about: Told) -> str:
     said.append(f"learning rate {plan.lr:g} for all parameters and {scale} in a subspace")
     if len(plan.rates) > 1:
         tried = ", ".join(f"{rate:g}" for rate in plan.rates)
-        said.append(f"each times the best of {tried} by the validation split")
+        once = ", chosen once for all d" if plan.rates_at == "first" else ""
+        said.append(f"each times the best of {tried} by the validation split{once}")
     return f"Each run was trained with {', '.join(said)}"
 
 

@@ -71,6 +71,8 @@ class Plan:
             problems.append(f"resolution is {self.resolution}, but must be at least 1")
         if not 1 < self.factor < math.inf:
             problems.append(f"factor is {self.factor}, but must be above 1")
+        if not 0 < self.lr < math.inf:
+            problems.append(f"lr is {self.lr:g}, but must be above 0")
         if self.lr_scale not in ("sqrt", "none"):
             problems.append(f"lr_scale is '{self.lr_scale}', but must be sqrt or none")
         if self.rates_at not in ("each", "first"):

@@ -23,7 +23,8 @@ PROBLEMS: dict[str, str] = {
 def make_problem(name: str, data_dir: Path | None = None, **options: Any) -> Problem:
     """The problem `name` of PROBLEMS.
 
-    data_dir: the folder with MNIST's files, by default the one that TRIMTAB_DATA names. options: the keyword arguments
+    data_dir: the folder with MNIST's files, by default the one that TRIMTAB_DATA names; or a dataset of the hub's, as
+    `tasks.idx.mnist_folder` takes it. options: the keyword arguments
     of the problem's function in `tasks.vision` or `tasks.toy`.
     Raises UsageError for a name, an option or data there are not, FormatError for a broken file.
     """
