@@ -137,7 +137,14 @@ class Study:
         """The model as it is, tested; one line of the file."""
         known = {"arm": BARE, **self.about}
         if not stored(self.out, known):
-            self._add({**known, "parameters": 0, **self.tested()})
+            self._add({**known, "parameters": 0, "chance": self.chance(), **self.tested()})
+
+    def chance(self) -> dict[str, float]:
+        """The share of the test questions that guessing answers rightly, by task."""
+        asked = {task.name: items for task, items in self.questions("test", self.sizes.test, 0)}
+        return {
+            name: sum(1 / len(as_text(item).choices) for item in items) / len(items) for name, items in asked.items()
+        }
 
     def _add(self, line: dict[str, Any]) -> None:
         self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +153,7 @@ class Study:
             file.truncate(file.read().rfind(b"\n") + 1)  # a line that was cut off
         with self.out.open("a") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        print({k: v for k, v in line.items() if k not in ("answers", "nats", *self.about)}, flush=True)
+        print({k: v for k, v in line.items() if k not in ("answers", "nats", "chance", *self.about)}, flush=True)
 
     def tested(self) -> dict[str, dict[str, list[float]]]:
         """Of the test questions by task: which are answered rightly (1, 0), and the nats a byte of the right answer."""

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 DRAWS = 4000
 PAIRS = (
+    ("LoRA r=2", BARE),
     ("Dash r=2", "LoRA r=2"),
     ("Dash r=16", "LoRA r=16"),
     ("Dash r=2", "LoRA r=16"),
@@ -83,6 +84,11 @@ def mean_of(scores: Scores) -> float:
     return float(np.mean([task.mean() for task in scores]))
 
 
+def chance_of(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """What guessing answers rightly, by task; it stands in the bare model's line."""
+    return next((run["chance"] for run in runs if "chance" in run), {})
+
+
 def verdict(low: float, high: float, more_is_better: bool) -> str:
     """What a difference's interval allows to say."""
     if low <= 0 <= high:
@@ -91,16 +97,16 @@ def verdict(low: float, high: float, more_is_better: bool) -> str:
 
 
 Found = dict[str, tuple[float, float, float]]
-"""(mean, low, high) of each arm."""
+"""(mean, low, high) of each arm, or of each difference."""
 
 
-def tables(runs: Sequence[dict[str, Any]], outcome: str) -> tuple[str, Found]:
-    """Arms and differences in Markdown, and what the plot shows. Empty where no run has the outcome."""
+def tables(runs: Sequence[dict[str, Any]], outcome: str) -> tuple[str, Found, Found]:
+    """Arms and differences in Markdown, and their figures. Empty where no run has the outcome."""
     name, decimals, more_is_better = OUTCOMES[outcome]
     arms = {arm: scores_of(runs, arm, outcome) for arm in (BARE, *ARMS)}
     arms = {arm: scores for arm, scores in arms.items() if len(scores[0])}
     if not arms:
-        return "", {}
+        return "", {}, {}
     means = dict(zip(arms, draws_of(list(arms.values())), strict=True))
     lines = [f"| arm | parameters | rate | {name} | 95 % interval | " + " | ".join(TASKS) + " |"]
     lines.append("|---" * (5 + len(TASKS)) + "|")
@@ -113,13 +119,19 @@ def tables(runs: Sequence[dict[str, Any]], outcome: str) -> tuple[str, Found]:
         figures = f"{mean_of(scores):.{decimals}f} | {low:.{decimals}f} to {high:.{decimals}f}"
         lines.append(f"| {arm} | {parameters:,} | {rate} | {figures} | {each} |")
         found[arm] = (mean_of(scores), float(low), float(high))
+    guessed = chance_of(runs) if outcome == "answers" else {}
+    if guessed:
+        each = " | ".join(f"{guessed[task]:.{decimals}f}" for task in TASKS)
+        lines.append(f"| guessing | | | {np.mean(list(guessed.values())):.{decimals}f} | | {each} |")
+    differences = {}
     lines += ["", f"| difference | {name} | 95 % interval | |", "|---|---|---|---|"]
     for first, second in (pair for pair in PAIRS if set(pair) <= set(arms)):
         low, high = np.quantile(means[first] - means[second], [0.025, 0.975])
         difference = f"{mean_of(arms[first]) - mean_of(arms[second]):+.{decimals}f}"
         interval = f"{low:+.{decimals}f} to {high:+.{decimals}f}"
         lines.append(f"| {first} − {second} | {difference} | {interval} | {verdict(low, high, more_is_better)} |")
-    return "\n".join(lines), found
+        differences[f"{first} − {second}"] = (mean_of(arms[first]) - mean_of(arms[second]), float(low), float(high))
+    return "\n".join(lines), found, differences
 
 
 def tuning(runs: Sequence[dict[str, Any]]) -> str:
@@ -131,21 +143,27 @@ def tuning(runs: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def plot(found: dict[str, tuple[float, float, float]], path: Path) -> None:
-    """Accuracy of each arm with its interval."""
+def plot(arms: Found, differences: Found, guessed: float | None, path: Path) -> None:
+    """Accuracy of each arm beside guessing, and the differences beside none, with their intervals."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 0.5 + 0.42 * len(found)), layout="constrained")
-    axes = figure.add_subplot()
-    for row, (arm, (mean, low, high)) in enumerate(reversed(found.items())):
-        axes.plot([low, high], [row, row], color="#7a8699", linewidth=3, solid_capstyle="round")
-        axes.plot(mean, row, "o", color="#1f5fbf" if arm.startswith("Dash") else "#333333")
-    axes.set_yticks(range(len(found)), list(reversed(found)))
-    axes.set_xlabel("accuracy, mean of four tasks; 95 % interval")
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
+    figure = Figure(figsize=(7.5, 1.2 + 0.36 * (len(arms) + len(differences))), layout="constrained")
+    upper, lower = figure.subplots(2, 1, height_ratios=[len(arms), max(1, len(differences))])
+    for axes, found, null, label in (
+        (upper, arms, guessed, "accuracy, mean of four tasks; 95 % interval; dashed: guessing"),
+        (lower, differences, 0.0, "difference of accuracy; 95 % interval"),
+    ):
+        for row, (name, (mean, low, high)) in enumerate(reversed(found.items())):
+            axes.plot([low, high], [row, row], color="#7a8699", linewidth=3, solid_capstyle="round")
+            axes.plot(mean, row, "o", color="#1f5fbf" if name.startswith("Dash") else "#333333")
+        if null is not None:
+            axes.axvline(null, color="#333333", linewidth=0.8, linestyle="--")
+        axes.set_yticks(range(len(found)), list(reversed(found)))
+        axes.set_xlabel(label)
+        for side in ("top", "right", "left"):
+            axes.spines[side].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def edges(runs: Sequence[dict[str, Any]]) -> str:
@@ -168,9 +186,10 @@ def main() -> None:
         parser.error(f"there are runs of {len(settings)} models or sizes: {settings}")
     print(f"Held-out loss by rate:\n\n{tuning(runs)}\n{edges(runs)}")
     found = {outcome: tables(runs, outcome) for outcome in OUTCOMES}
-    print("\n\n".join(table for table, _ in found.values() if table))
+    print("\n\n".join(table for table, *_ in found.values() if table))
+    guessed = chance_of(runs)
     if found["answers"][1]:
-        plot(found["answers"][1], asked.plot)
+        plot(*found["answers"][1:], float(np.mean(list(guessed.values()))) if guessed else None, asked.plot)
 
 
 if __name__ == "__main__":
