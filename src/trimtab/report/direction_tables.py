@@ -19,10 +19,7 @@ class Table:
     rows: Sequence[Sequence[str]]
 
 
-OVERLAP_HEAD = (
-    "", "weights", "found", "two random", "two that keep A", "random prediction", "smallest σ", "chance",
-    "lift over random",
-)  # fmt: skip
+OVERLAP_HEAD = ("", "weights", "found", "two random", "keeping A", "random prediction", "smallest σ", "chance", "lift")
 
 
 def overlap_tables(findings: Findings) -> list[Table]:
