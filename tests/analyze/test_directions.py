@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from trimtab.analyze.sharing import share
 from trimtab.deltas import make_method
 from trimtab.deltas.core_bases import change_rates, core_bases
 from trimtab.errors import UsageError
+from trimtab.formats.peft import export_peft
 
 METHODS = ("lora", "dash", "full")
 
@@ -218,6 +220,21 @@ def test_that_two_changes_read_the_same_inputs_is_no_finding() -> None:
         (pair,) = look_at_pairs([Source(str(n), "d", "adapter", some) for n, some in enumerate((first, second))])
         assert pair.shapes[0].share.answer == "no more"
     assert above_random == 6
+
+
+def test_directions_that_lora_dash_hardly_uses_hardly_count_as_inputs(tmp_path: Path) -> None:
+    """Its V has rows of norm 1 beside an A that is far smaller; an export as a LoRA is the same."""
+    weight = holder("linear")[0].layer.weight
+    found = []
+    for size in (0.0, 1e-5):
+        adapter = stir(trimtab.attach(holder("linear")[0], small("dash"), targets="layer"))
+        with torch.no_grad():
+            adapter.deltas["layer"].d.fill_(size)
+        found.append(project(Changed("layer", weight, adapter.deltas["layer"].factors)).inputs)
+        lora = trimtab.load(holder("linear")[0], export_peft(adapter, tmp_path / str(size)), name="lora")
+        found.append(project(of_adapter(lora)[0]).inputs)
+    for inputs in found[1:]:
+        np.testing.assert_allclose(inputs, found[0], rtol=1e-3)
 
 
 @pytest.mark.parametrize("method", ["lora-xs", "pissa", "milora"])

@@ -160,7 +160,8 @@ class DashDelta(LowRankDelta):
         self.picked[:count] = picked.to(self.picked)
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        return torch.cat([self.A, self.V.T]), torch.cat([self.method.scale * self.B, self.U * self.d], 1)
+        # d stands with V: a direction that hardly changes W is then hardly read, as the nulls of `analyze` take A.
+        return torch.cat([self.A, self.d[:, None] * self.V.T]), torch.cat([self.method.scale * self.B, self.U], 1)
 
     def rank_and_alpha(self) -> tuple[int, float]:
         return self.method.rank, self.method.alpha
