@@ -91,8 +91,8 @@ def _marked(figures: Sequence[tuple[str, str]]) -> list[tuple[Any, str]]:
 
 
 def _lead(findings: Findings) -> str:
-    names = ", ".join(one.source.name for one in findings.found)
-    against = f" against {findings.reference.name}" if findings.reference else ""
+    names = ", ".join(f"{'step ' * findings.by_step}{one.source.name} ({one.source.folder})" for one in findings.found)
+    against = f" against {findings.reference.name} ({findings.reference.folder})" if findings.reference else ""
     return (
         f"The {findings.directions} core directions of each weight that change most in {names}{against}; "
         f"{findings.draws} draws of random changes a weight, seed {findings.seed}."
