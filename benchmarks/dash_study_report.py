@@ -84,6 +84,11 @@ def mean_of(scores: Scores) -> float:
     return float(np.mean([task.mean() for task in scores]))
 
 
+def alike(first: Scores, second: Scores) -> float:
+    """The share of questions that two arms answer both rightly or both wrongly, seed by seed."""
+    return mean_of([one == other for one, other in zip(first, second, strict=True)])
+
+
 def chance_of(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
     """What guessing answers rightly, by task; it stands in the bare model's line."""
     return next((run["chance"] for run in runs if "chance" in run), {})
@@ -124,12 +129,15 @@ def tables(runs: Sequence[dict[str, Any]], outcome: str) -> tuple[str, Found, Fo
         each = " | ".join(f"{guessed[task]:.{decimals}f}" for task in TASKS)
         lines.append(f"| guessing | | | {np.mean(list(guessed.values())):.{decimals}f} | | {each} |")
     differences = {}
-    lines += ["", f"| difference | {name} | 95 % interval | |", "|---|---|---|---|"]
+    told = "| answered alike |" if outcome == "answers" else "|"
+    lines += ["", f"| difference | {name} | 95 % interval | {told}", "|---" * (told.count("|") + 3) + "|"]
     for first, second in (pair for pair in PAIRS if set(pair) <= set(arms)):
         low, high = np.quantile(means[first] - means[second], [0.025, 0.975])
         difference = f"{mean_of(arms[first]) - mean_of(arms[second]):+.{decimals}f}"
         interval = f"{low:+.{decimals}f} to {high:+.{decimals}f}"
-        lines.append(f"| {first} − {second} | {difference} | {interval} | {verdict(low, high, more_is_better)} |")
+        said = verdict(low, high, more_is_better)
+        said += f" | {alike(arms[first], arms[second]):.1%}" if outcome == "answers" else ""
+        lines.append(f"| {first} − {second} | {difference} | {interval} | {said} |")
         differences[f"{first} − {second}"] = (mean_of(arms[first]) - mean_of(arms[second]), float(low), float(high))
     return "\n".join(lines), found, differences
 
@@ -145,8 +153,10 @@ def tuning(runs: Sequence[dict[str, Any]]) -> str:
 
 def plot(arms: Found, differences: Found, guessed: float | None, path: Path) -> None:
     """Accuracy of each arm beside guessing, and the differences beside none, with their intervals."""
+    import matplotlib
     from matplotlib.figure import Figure
 
+    matplotlib.rcParams["svg.hashsalt"] = "dash_study"  # the same runs give the same file
     figure = Figure(figsize=(7.5, 1.2 + 0.36 * (len(arms) + len(differences))), layout="constrained")
     upper, lower = figure.subplots(2, 1, height_ratios=[len(arms), max(1, len(differences))])
     for axes, found, null, label in (
