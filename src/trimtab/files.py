@@ -176,16 +176,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def whole_lines(path: Path) -> Iterator[tuple[int, Any]]:
+def whole_lines(path: Path, *, repair: bool = True) -> Iterator[tuple[int, Any]]:
     """Number and content of each line of a JSON-lines file; of none where there is no file.
 
-    A last line that a kill cut short is taken off the file. FormatError for any other that is not JSON.
+    A last line without an end, as a kill leaves it, is none. repair: it is taken off the file; not to be done to a file
+    that another process may be writing. FormatError for any other that is not JSON.
     """
     if not path.exists():
         return
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
-    if whole < len(content):
+    if repair and whole < len(content):
         os.truncate(path, whole)
     for number, line in enumerate(content[:whole].splitlines(), start=1):
         try:

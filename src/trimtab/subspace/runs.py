@@ -70,7 +70,7 @@ class Runs:
         elif (folder / RUNS).exists():
             raise UsageError(f"{folder / RUNS} is there without {MADE_WITH}: choose another folder, or empty this one")
         write_whole(folder / MADE_WITH, json.dumps(self._about, indent=2) + "\n")
-        self._known |= _stored(folder, [line for _, line in whole_lines(folder / RUNS)])
+        self._known |= _stored(folder)
 
     def take(self, folder: Path) -> None:
         """Keep the runs of another search's folder that would be trained alike here: all of them or, where the two
@@ -80,12 +80,7 @@ class Runs:
         """
         differing = self._differing(folder)
         self._refuse_others(folder, {key: pair for key, pair in differing.items() if key not in OF_SUBSPACES})
-        content = (folder / RUNS).read_bytes() if (folder / RUNS).exists() else b""
-        try:  # a line without an end is being written
-            lines = [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
-        except ValueError as error:
-            raise FormatError(f"{folder / RUNS} is not JSON: name another folder") from error
-        for run, outcome in _stored(folder, lines).items():
+        for run, outcome in _stored(folder, repair=False).items():  # a search may be going on there
             if run not in self._known and (run.d is None or not differing):
                 self._known[run] = outcome
                 self._keep(run, outcome)
@@ -173,9 +168,9 @@ class Runs:
             self._begun.clear()
 
 
-def _stored(folder: Path, lines: Iterable[Any]) -> dict[Run, Outcome]:
+def _stored(folder: Path, *, repair: bool = True) -> dict[Run, Outcome]:
     found = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in whole_lines(folder / RUNS, repair=repair):
         try:
             found[Run(**line["run"])] = Outcome(**line["outcome"])
         except (TypeError, KeyError) as error:

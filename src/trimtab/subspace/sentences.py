@@ -132,19 +132,9 @@ def read_splits(setting: Setting) -> Splits:
         rows, validation = hold_out(rows, HELD_OUT, 0)
     few = setting.test_rows
     splits = Splits(classes, _some(rows, setting.rows), _some(validation, few), _some(test, few))
-    _refuse_missing_classes(splits)
-    return splits
-
-
-def _refuse_missing_classes(splits: Splits) -> None:
     for name in SPLITS:
-        own = getattr(splits, name)
-        missing = [label for label in splits.classes if label not in {row.label for row in own}]
-        if missing:
-            raise UsageError(
-                f"the {name} split has no row of class {', '.join(missing)} in its {len(own):,} rows, so an accuracy "
-                "on it means little: take more rows"
-            )
+        check_classes(getattr(splits, name), classes, f"the {name} split")
+    return splits
 
 
 def _some(rows: Sequence[LabelledRow], count: int | None) -> tuple[LabelledRow, ...]:
