@@ -87,6 +87,13 @@ def test_a_path_that_is_no_folder_is_refused(folder: Path) -> None:
     check_refused(folder / WEIGHTS, "is not a folder")
 
 
+def test_a_run_s_folder_is_told_where_its_adapter_is(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    folder.rename(run / "adapter")
+    check_refused(run, r"is a run's folder: its adapter is in .*run/adapter")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

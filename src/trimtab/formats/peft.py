@@ -54,6 +54,8 @@ def load(model: nn.Module, path: str | Path, *, name: str = "default", any_base:
     folder = Path(path)
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder: give the one that holds {CONFIG}")
+    if not (folder / CONFIG).exists() and (folder / "adapter" / CONFIG).exists():
+        raise UsageError(f"{folder} is a run's folder: its adapter is in {folder / 'adapter'}")
     if not (folder / WEIGHTS).exists() and list(folder.glob("*.bin")):
         raise UsageError(
             f"{folder} holds only pickled weights (.bin), which are not loaded: convert them to safetensors"
