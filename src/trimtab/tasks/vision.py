@@ -184,11 +184,18 @@ def fully_connected(widths: tuple[int, ...], seed: int) -> nn.Sequential:
     return he_normal(nn.Sequential(*layers[:-1]), seed)
 
 
+class Images(nn.Module):
+    """Rows of 784 pixels as images of one channel, channels last: convolutions of few maps are quicker on those."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return rows.view(-1, 1, 28, 28).to(memory_format=torch.channels_last)
+
+
 def lenet(seed: int) -> nn.Sequential:
     """LeNet as in Li et al. 2018: 5×5 convolutions to 6 and 16 maps, each with 2×2 max-pooling, then 120, 84, 10."""
     with torch.device("meta"):
         net = nn.Sequential(
-            nn.Unflatten(1, (1, 28, 28)),
+            Images(),
             *(nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2)),
             *(nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)),
             *(nn.Flatten(), nn.Linear(256, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, CLASSES)),
