@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from counting import saved_bytes
 from torch import Tensor, nn
 
-from trimtab.ops import cross_entropy
+from trimtab.ops import cross_entropy, products
 from trimtab.ops.cross_entropy import head_cross_entropy, linear_cross_entropy
 
 VOCABULARY, WIDTH, ROWS = 31, 8, 13
@@ -118,3 +118,19 @@ def test_bf16_loss_is_summed_in_fp32(narrow_products: str) -> None:
     assert abs(ours.item() / true.item() - 1) < 0.01  # logits rounded to 8 bits
     (g,) = torch.autograd.grad(ours, h)
     assert g.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_narrow_head_made_wide_in_parts_gives_the_loss_of_the_whole(
+    biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "COMPUTED_ON_CPU", set())
+    monkeypatch.setattr(products, "WIDE_BYTES", 7 * 4 * WIDTH)
+    (h, t, w), W = rows(torch.bfloat16), drawn(VOCABULARY, WIDTH, dtype=torch.bfloat16, seed=1)
+    b = drawn(VOCABULARY, dtype=torch.bfloat16, seed=2) if biased else None
+    ours = linear_cross_entropy(h.requires_grad_(), t, w.float(), W, b, scale=0.5, soft_cap=2.0)
+    (g,) = torch.autograd.grad(ours, h)
+    exact = h.detach().double().requires_grad_()
+    true = plain(exact, t, w.double(), W.double(), b if b is None else b.double(), 0.5, 2.0)
+    torch.testing.assert_close(ours.double(), true, rtol=1e-5, atol=0)  # w is rounded to fp32
+    torch.testing.assert_close(g.double(), torch.autograd.grad(true, exact)[0], rtol=2**-8, atol=1e-6)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from counting import saved_bytes
+from torch import Tensor
 
 from trimtab.ops import products
-from trimtab.ops.products import FEW, frozen_linear, product_dtype
+from trimtab.ops.products import FEW, frozen_linear, product_dtype, times, times_transposed
 
 
 def test_narrow_products_are_wide_where_the_machine_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,3 +39,42 @@ def test_a_frozen_layer_keeps_nothing_and_is_right(narrow_products: str, rows: i
     for ours, exact in ((y, true), (gx, true_gx)):
         # One rounding of 2^-9 each, which the two may do on either side of a tie.
         assert (ours.double() - exact.double()).norm() < 2**-9 * exact.double().norm()
+
+
+KINDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "whole": lambda W: W,
+    "transposed, as Conv1D has it": lambda W: W.T.contiguous().T,
+    "rows of a larger one": lambda W: torch.cat([W, W])[5 : 5 + len(W)],
+    "columns of a larger one": lambda W: torch.cat([W, W], 1)[:, 3 : 3 + W.shape[1]],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("part", [1, 7, 64, 1000])
+def test_a_weight_made_wide_in_parts_gives_the_products_of_the_whole(
+    kind: str, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "WIDE_BYTES", 4 * 24 * part)
+    draw = torch.Generator().manual_seed(0)
+    W = KINDS[kind](torch.randn(64, 24, generator=draw).bfloat16())
+    b = torch.randn(64, generator=draw).bfloat16()
+    x, g, more = (torch.randn(s, generator=draw) for s in ((9, 24), (9, 64), (9, 24)))
+    wide = W.double()
+    for ours, true in (
+        (times_transposed(x, W), x.double() @ wide.T),
+        (times_transposed(x, W, b), x.double() @ wide.T + b.double()),
+        (times(g, W), g.double() @ wide),
+        (times(g, W, more.clone()), g.double() @ wide + more.double()),
+    ):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), true, rtol=1e-5, atol=1e-5)
+
+
+def test_all_weights_are_made_wide_in_the_same_memory() -> None:
+    x, weights = torch.ones(9, 24), [torch.full((rows, 24), 2.0).bfloat16() for rows in (64, 64, 32)]
+    with torch.inference_mode():
+        times_transposed(x, weights[0])
+    first = products._scratch.buffer
+    found = [times_transposed(x, W) for W in weights]  # outside inference mode the memory can be written again
+    assert products._scratch.buffer is first
+    assert all(torch.equal(y, torch.full_like(y, 48.0)) for y in found)

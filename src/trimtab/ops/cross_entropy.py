@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from trimtab.ops.precision import wide
-from trimtab.ops.products import product_dtype
+from trimtab.ops.products import product_dtype, times, times_transposed
 
 Head = Callable[[Tensor], Tensor]
 BLOCK_BYTES = 2**25  # of fp32 logits: blocks of some 170 rows at 50,000 tokens, where products are already fast
@@ -42,10 +42,9 @@ def linear_cross_entropy(
     """
     assert hidden.shape == (len(targets), weight.shape[1]), (hidden.shape, targets.shape, weight.shape)
     dtype = product_dtype(hidden, len(hidden))
-    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def block(h: Tensor, t: Tensor, w: Tensor, gradient: bool) -> tuple[Tensor, list[Tensor]]:
-        return _linear_block(h, t, w, weight, bias, scale, soft_cap, gradient)
+        return _linear_block(h, t, w, weight, bias, dtype, scale, soft_cap, gradient)
 
     loss: Tensor = _apply(block, weight.shape[0], hidden, targets, weights, ())
     return loss
@@ -133,11 +132,12 @@ def _linear_block(
     weights: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    dtype: torch.dtype,
     scale: float,
     soft_cap: float | None,
     gradient: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    z = F.linear(hidden.to(weight.dtype), weight, bias).to(wide(hidden.dtype))  # [rows, vocabulary]
+    z = times_transposed(hidden.to(dtype), weight, bias).to(wide(hidden.dtype))  # [rows, vocabulary]
     if scale != 1.0:
         z *= scale
     if soft_cap is not None:
@@ -154,7 +154,7 @@ def _linear_block(
     p[rows, targets] -= 1.0
     if soft_cap is not None:
         p.addcmul_(p, z.div_(soft_cap).square_(), value=-1.0)  # the derivative of cap is 1 - (z/c)²
-    to_hidden = (p.to(weight.dtype) @ weight).mul_((weights * scale).to(weight.dtype).unsqueeze(1))
+    to_hidden = times(p.to(dtype), weight).mul_((weights * scale).to(dtype).unsqueeze(1))
     return loss, [to_hidden.to(hidden.dtype)]
 
 

@@ -35,7 +35,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from trimtab.ops.gated import Recipe, parts_of
 from trimtab.ops.precision import autocasts
-from trimtab.ops.products import product_dtype
+from trimtab.ops.products import product_dtype, times, times_transposed
 
 
 class Projection(NamedTuple):
@@ -85,9 +85,11 @@ def _without_gradient(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor,
     dtype = product_dtype(x, rows)
     if A.dtype is not dtype or B.dtype is not dtype:
         A, B = A.to(dtype), B.to(dtype)
-    if dtype is not own:
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    y = F.linear(x, weight, bias)
+    if dtype is own:
+        y = F.linear(x, weight, bias)
+    else:
+        x = x.to(dtype)
+        y = times_transposed(x.reshape(rows, -1), weight, bias).view(*x.shape[:-1], -1)
     if rows == 1:
         y.view(-1).addmv_(B, torch.mv(A, x.reshape(-1)), alpha=scale)
     else:
@@ -180,7 +182,7 @@ class _LoRALinears(torch.autograd.Function):
         ctx.rest = scales, dropout, seed, keeps_x, recipe, x.shape  # type: ignore[attr-defined]
         found = []
         for (weight, bias, _, B), h, scale in zip(projections, _columns(H, projections), scales, strict=True):
-            y = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
+            y = times_transposed(rows, weight, bias)
             y.addmm_(h, B.to(dtype).T, alpha=scale)
             found.append(y.to(x.dtype).view(*x.shape[:-1], y.shape[-1]))
         return tuple(found)
@@ -231,9 +233,9 @@ def _input_gradient(
     g: Sequence[Tensor], G: Tensor, a: Tensor, projections: Sequence[tuple[Tensor, ...]], dropout: float, seed: int
 ) -> Tensor:
     """gₓ [N, in] of the projections together. a: their A below one another."""
-    gx = g[0] @ projections[0][0].to(G.dtype)
+    gx = times(g[0], projections[0][0])
     for g_i, (weight, *_) in zip(g[1:], projections[1:], strict=True):
-        gx.addmm_(g_i, weight.to(G.dtype))
+        gx = times(g_i, weight, gx)
     return gx.add_(_dropped(G @ a, dropout, seed)) if dropout else gx.addmm_(G, a)
 
 

@@ -3,10 +3,15 @@
 A CPU without instructions for bf16 (or fp16) multiplies such matrices many times slower than in fp32. There the
 matrices of one product are made wide for the time of it and the result is rounded once: what is kept, for backward or
 for good, stays narrow, and sums are the more exact.
+
+A weight is made wide a few rows at a time, always into the same memory: a fresh copy for every product would be a
+second head where W is one, and between what is kept the allocator would find no room for the next.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -38,6 +43,57 @@ def product_dtype(x: Tensor, rows: int | None = None) -> torch.dtype:
     return torch.float32 if rows is None or rows > FEW else dtype
 
 
+WIDE_BYTES = 2**23
+"""So much of a weight is wide at once."""
+
+
+def times_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b in x's dtype. x: [rows, in]. weight: [out, in], bias: [out], both perhaps narrower; no gradient."""
+    if weight.dtype == x.dtype:
+        return F.linear(x, weight, bias)
+    y = x.new_empty(len(x), len(weight))
+    for rows, part in _wide_parts(weight, x.dtype):
+        torch.mm(x, part.T, out=y[:, rows])
+    return y if bias is None else y.add_(bias)
+
+
+def times(g: Tensor, weight: Tensor, added_to: Tensor | None = None) -> Tensor:
+    """g W in g's dtype. g: [rows, out]. weight: [out, in]; no gradient. added_to: [rows, in], added to in place."""
+    if weight.dtype == g.dtype:
+        return g @ weight if added_to is None else added_to.addmm_(g, weight)
+    made = g.new_zeros(len(g), weight.shape[1]) if added_to is None else added_to
+    for rows, part in _wide_parts(weight, g.dtype):
+        made.addmm_(g[:, rows], part)
+    return made
+
+
+class _Scratch(threading.local):
+    """The memory in which a thread makes weights wide."""
+
+    buffer: Tensor | None = None
+
+
+_scratch = _Scratch()
+
+
+def _wide_parts(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of a weight in a wider dtype, each part gone when the next one comes."""
+    if torch.compiler.is_compiling():
+        yield slice(0, len(weight)), weight.to(dtype)
+        return
+    features = weight.shape[1]
+    size = min(len(weight), max(1, WIDE_BYTES // (4 * features)))
+    buffer = _scratch.buffer
+    if buffer is None or buffer.dtype != dtype or buffer.device != weight.device or len(buffer) < size * features:
+        with torch.inference_mode(False):  # it is written again outside that mode
+            buffer = _scratch.buffer = torch.empty(size * features, dtype=dtype, device=weight.device)
+    for start in range(0, len(weight), size):
+        rows = weight[start : start + size]
+        flat = buffer[: rows.numel()]
+        part = flat.view(features, -1).T if weight.stride(0) == 1 else flat.view(-1, features)
+        yield slice(start, start + size), part.copy_(rows)
+
+
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b in `product_dtype`. x: [..., in]. weight [out, in] and bias [out] get no gradient; nothing is kept."""
     y: Tensor = _FrozenLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
@@ -48,13 +104,14 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        dtype = product_dtype(x, x.numel() // x.shape[-1])
-        y = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-        return y.to(x.dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        y = times_transposed(rows.to(product_dtype(x, len(rows))), weight, bias)
+        return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        dtype = product_dtype(grad, grad.numel() // grad.shape[-1])
-        return (grad.to(dtype) @ weight.to(dtype)).to(grad.dtype), None, None
+        rows = grad.reshape(-1, grad.shape[-1])
+        gx = times(rows.to(product_dtype(grad, len(rows))), weight)
+        return gx.to(grad.dtype).view(*grad.shape[:-1], gx.shape[-1]), None, None
