@@ -142,7 +142,10 @@ def main() -> None:
             {
                 **vars(flags),
                 "model": os.path.basename(os.path.normpath(flags.model)),
-                "quartiles": {side: [round(q, 3) for q in statistics.quantiles(t)] for side, t in seconds.items()},
+                "quartiles": {
+                    side: [round(q, 3) for q in statistics.quantiles(t, method="inclusive")]
+                    for side, t in seconds.items()
+                },
                 "peft_over_trimtab": round(medians["peft"] / medians["trimtab"], 3),
                 "trimtab_over_floor": round(medians["trimtab"] / medians["floor"], 3),
             }
