@@ -37,6 +37,7 @@ import trimtab
 from trimtab.data.encode import encode
 from trimtab.data.layout import Row, Turn
 from trimtab.deltas import make_method
+from trimtab.files import whole_lines
 from trimtab.tasks import make_task
 from trimtab.tasks.evaluate import evaluate
 from trimtab.tasks.knowledge import Question
@@ -192,9 +193,8 @@ def text_rows(items: Sequence[Item]) -> list[Row]:
 
 def stored(path: Path, about: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The runs there are of a model and sizes; a last line that was cut off is none."""
-    text = path.read_text() if path.exists() else ""
-    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-    return [line for line in lines if about.items() <= line.items()]
+    lines = whole_lines(path, repair=False)  # another process may be writing it
+    return [line for _, line in lines if about.items() <= line.items()]
 
 
 def chosen_rate(runs: Sequence[dict[str, Any]], arm: str) -> float:

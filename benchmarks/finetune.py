@@ -11,7 +11,6 @@ Prints medians, extremes and ratios of everything in the file that was run with 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune_side import about, flags
+
+from trimtab.files import whole_lines
 
 HERE = Path(__file__).parent
 SIDES = ("trimtab", "peft")
@@ -91,7 +92,7 @@ def answer(process: subprocess.Popen[str]) -> str:
 
 def stored(path: Path) -> list[dict[str, Any]]:
     """The runs there are."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [line for _, line in whole_lines(path)]
 
 
 def report(runs: list[dict[str, Any]]) -> None:
