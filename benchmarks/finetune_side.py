@@ -16,6 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
+import re
 import resource
 import tempfile
 import time
@@ -46,9 +48,18 @@ def flags(given: list[str] | None = None) -> argparse.Namespace:
 
 
 def about(asked: argparse.Namespace) -> dict[str, Any]:
-    """What tells one run from another, as its line says it: files by their names."""
+    """What tells one run from another, as its line says it: the machine, and files by their names."""
     files = {"model": asked.model, "data": asked.data, "eval_data": asked.eval_data}
-    return {**vars(asked), **{key: path and Path(path).name for key, path in files.items()}}
+    return {**vars(asked), **{key: path and Path(path).name for key, path in files.items()}, "cpu": cpu()}
+
+
+def cpu() -> str:
+    """The processor's name, family and model, which are one name for machines of several generations; or what it is."""
+    told = Path("/proc/cpuinfo")
+    fields = dict(re.findall(r"^([\w ]+?)\s*: (.*)$", told.read_text(), re.M)) if told.exists() else {}
+    if not fields.keys() >= {"model name", "cpu family", "model"}:
+        return platform.processor()
+    return f"{fields['model name']}, family {fields['cpu family']} model {fields['model']}"
 
 
 class Turns:
@@ -148,9 +159,10 @@ def by_trimtab(model: Any, tokenizer: Any, examples: list[Any], asked: argparse.
 def main() -> None:
     asked = flags()
     if asked.side == "trimtab":
-        from trimtab.train.machine import keep_freed_memory
+        from trimtab.train.machine import keep_few_kernels, keep_freed_memory
 
         keep_freed_memory()
+        keep_few_kernels()
     import torch
     from instructions import encoded, held_out_loss, shuffled
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed

@@ -141,21 +141,28 @@ def test_bf16_inputs_are_kept_as_they_are(narrow_products: str, path_taken: str)
     tree = Tree.of(ends([*range(-1, 29), 9, *range(30, 49)]))
     q, k, v = (t * 1.0 for t in inputs(50, dtype=torch.bfloat16))
     kept = saved_bytes(lambda: tree_attention(q, k, v, tree))
-    flash = path_taken == "flash" or narrow_products == "computed in bf16"
-    result_and_log_sums = 2 * q.numel() + 4 * 4 * 50 if flash else 0
-    assert kept == 2 * (q.numel() + k.numel() + v.numel()) + result_and_log_sums
+    rest = 0
+    if path_taken == "flash":
+        rest = 2 * q.numel() + 4 * 4 * 50  # the result, and log-sums
+    elif narrow_products == "computed in bf16":
+        rest = 2 * few_probabilities(tree)
+    assert kept == 2 * (q.numel() + k.numel() + v.numel()) + rest
 
 
 def test_inputs_and_what_is_no_larger_are_kept(path_taken: str) -> None:
     tree = Tree.of(ends([*range(-1, 29), 9, *range(30, 49)]))
     q, k, v = (t * 1.0 for t in inputs(50))
     kept = saved_bytes(lambda: tree_attention(q, k, v, tree))
-    result_and_log_sums = (q.numel() + 4 * 50) * 8
+    probabilities = few_probabilities(tree)
+    assert 0 < probabilities <= 2 * q.numel()
+    rest = q.numel() + 4 * 50 if path_taken == "flash" else probabilities
+    assert kept == (q.numel() + k.numel() + v.numel() + rest) * 8
+
+
+def few_probabilities(tree: Tree) -> int:
+    """How many probabilities of 4 heads are kept: those of rows that see at most twice as many tokens as q is wide."""
     few = [(b - a, sum(end - start for start, end in path)) for (a, b), path in tree.blocks]
-    probabilities = 4 * 8 * sum(rows * path for rows, path in few if path <= 2 * 8)
-    assert 0 < probabilities <= 2 * q.numel() * 8
-    rest = result_and_log_sums if path_taken == "flash" else probabilities
-    assert kept == (q.numel() + k.numel() + v.numel()) * 8 + rest
+    return 4 * sum(rows * path for rows, path in few if path <= 2 * 8)
 
 
 def test_blocks_hold_every_row_once_and_its_path() -> None:

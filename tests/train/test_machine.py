@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -128,3 +129,30 @@ print(resident() - before)
 def test_memory_that_tensors_give_back_is_kept():
     done = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, check=True)
     assert int(done.stdout) > 20 * 2**20
+
+
+COMPILED = """
+import torch
+from trimtab.train.machine import keep_few_kernels
+keep_few_kernels()
+kernel = torch.ones(8, 8, 3)
+for _ in range(2):
+    for length in range(32, 32 + KERNELS):
+        torch.nn.functional.conv1d(torch.ones(8, 8, length), kernel)
+"""
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
+@pytest.mark.parametrize(("given", "again"), [({}, True), ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024"}, False)])
+def test_compiled_products_are_kept_up_to_a_number(given, again):
+    """More shapes than are kept are compiled again in a second round, unless more were asked for."""
+    more = str(2 * machine.KERNELS)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED.replace("KERNELS", more)],
+        env={**os.environ, "ONEDNN_VERBOSE": "profile_create", **given},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    made = [line for line in done.stdout.splitlines() if ",convolution," in line and "create:cache_miss" in line]
+    assert len(made) == int(more) * (1 + again)

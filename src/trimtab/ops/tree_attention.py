@@ -131,7 +131,7 @@ def tree_attention(
     if query.device.type != "cpu":
         return _flex(query, key, value, tree, scale)
     out: Tensor
-    if tree.longest <= LONGEST and product_dtype(query) == wide(query.dtype):
+    if tree.longest <= LONGEST:
         out = _Blocked.apply(query, key, value, tree.blocks, scale)  # type: ignore[no-untyped-call]
     else:
         out = _Segmented.apply(query, key, value, tree.segments, scale)  # type: ignore[no-untyped-call]
@@ -174,13 +174,13 @@ class _Blocked(torch.autograd.Function):
         ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, blocks: tuple[Block, ...], scale: float
     ) -> Tensor:
         out, o = _token_major(query, key.shape[0])
-        wide_query, wide_key, wide_value = _wide(query, key, value)
-        q = (wide_query * scale).view(o.shape)
+        q, k, v = _computed(query, key, value)
+        q = (q * scale).view(o.shape)
         kept = []
         most = KEPT * query.shape[-1] if q.dtype == query.dtype else 0
         for rows, path in blocks:
-            p = _probabilities(_rows(q, rows), _along(wide_key, path), rows)
-            o[:, :, slice(*rows)] = (p @ _along(wide_value, path)).view(*o.shape[:2], -1, o.shape[3])
+            p = _probabilities(_rows(q, rows), _along(k, path), rows).to(q.dtype)
+            o[:, :, slice(*rows)] = (p @ _along(v, path)).view(*o.shape[:2], -1, o.shape[3])
             kept.append(p if p.shape[-1] <= most else None)
         ctx.save_for_backward(query, key, value, *kept)  # type: ignore[arg-type]
         ctx.rest = blocks, scale  # type: ignore[attr-defined]
@@ -191,17 +191,17 @@ class _Blocked(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *kept = ctx.saved_tensors
         narrow = query.dtype
-        query, key, value, grad = _wide(query, key, value, grad)
+        query, key, value, grad = _computed(query, key, value, grad)
         blocks, scale = ctx.rest
         to_query, gq = _token_major(query, key.shape[0])
-        to_key, to_value = torch.zeros_like(key), torch.zeros_like(value)
+        to_key, to_value = (torch.zeros_like(t, dtype=wide(t.dtype)) for t in (key, value))
         q, g = (query * scale).view(gq.shape), grad.view(gq.shape)
         for (rows, path), p in zip(blocks, kept, strict=True):
             own, go, k = _rows(q, rows), _rows(g, rows), _along(key, path)
-            p = _probabilities(own, k, rows) if p is None else p
-            gs = torch._softmax_backward_data(go @ _along(value, path).mT, p, -1, p.dtype)
+            p = _probabilities(own, k, rows) if p is None else p.to(wide(p.dtype))
+            gs = torch._softmax_backward_data((go @ _along(value, path).mT).to(p.dtype), p, -1, p.dtype).to(k.dtype)
             gq[:, :, slice(*rows)] = (gs @ k).view(*gq.shape[:2], -1, gq.shape[3])
-            gk, gv, at = gs.mT @ own, p.mT @ go, 0
+            gk, gv, at = gs.mT @ own, p.to(k.dtype).mT @ go, 0
             for a, b in path:
                 to_key[:, a:b] += gk[:, at : at + b - a]
                 to_value[:, a:b] += gv[:, at : at + b - a]
@@ -209,7 +209,7 @@ class _Blocked(torch.autograd.Function):
         return to_query.mul_(scale).to(narrow), to_key.to(narrow), to_value.to(narrow), None, None
 
 
-def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _computed(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype in which their products are computed."""
     return tuple(t.to(product_dtype(t)) for t in tensors)
 
@@ -220,10 +220,10 @@ def _rows(t: Tensor, rows: Span) -> Tensor:
 
 
 def _probabilities(own: Tensor, k: Tensor, rows: Span) -> Tensor:
-    """Of a block: the softmax of its scaled queries and the keys of its path."""
-    scores = own @ k.mT
+    """Of a block: the softmax of its scaled queries and the keys of its path, in fp32 (fp64 where they are)."""
+    scores = (own @ k.mT).to(wide(own.dtype))
     size = rows[1] - rows[0]
-    scores.view(own.shape[0], -1, size, k.shape[1])[..., -size:] += _later(size, own.dtype)
+    scores.view(own.shape[0], -1, size, k.shape[1])[..., -size:] += _later(size, scores.dtype)
     return scores.softmax(-1)
 
 
@@ -267,7 +267,7 @@ class _Segmented(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, segments: tuple[Segment, ...], scale: float
     ) -> Tensor:
-        q, k, v = _grouped(*_wide(query, key, value))  # [key_heads, groups, N, width]
+        q, k, v = _grouped(*_computed(query, key, value))  # [key_heads, groups, N, width]
         out, o = _token_major(q.view(query.shape), key.shape[0])
         log_sum = q.new_empty(q.shape[:3], dtype=wide(q.dtype))
         for a, b, _ in segments:
@@ -289,7 +289,7 @@ class _Segmented(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, log_sum = ctx.saved_tensors
         narrow, (segments, scale) = query.dtype, ctx.rest
-        query, key, value, out, grad = _wide(query, key, value, out, grad)
+        query, key, value, out, grad = _computed(query, key, value, out, grad)
         q, k, v = _grouped(query, key, value)
         o, g = out.view(q.shape), grad.view(q.shape)
         gq, gk, gv = (torch.zeros(q.shape, dtype=wide(q.dtype), device=q.device) for _ in range(3))

@@ -19,6 +19,9 @@ from trimtab.ops.products import COMPUTED_ON_CPU
 CLEARLY = 1.1  # how many times as fast anything but the default must be to be taken
 ROUNDS, SECONDS = 5, 0.05  # of a measurement: at most so many, and none begun after so long
 
+KERNELS = 128
+"""Of the products of one layer of a packed batch, forward and backward, there are fewer: some 80."""
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
@@ -80,6 +83,16 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 2**25)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def keep_few_kernels() -> None:
+    """Ask torch's oneDNN to keep KERNELS compiled products instead of 1,024; one's own wish in the environment stands.
+
+    In bf16, and for convolutions, it compiles a kernel for every shape of a product and keeps some 0.6 MB for each:
+    batches of ever new lengths fill half a gigabyte within a hundred steps. A layer's own are few, and come again with
+    the next layer. To be called before the first product.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))
 
 
 def cores() -> int:
