@@ -166,6 +166,19 @@ def test_without_gradients_it_is_the_same(shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(y, other @ weight.T + bias + 0.7 * other @ A.T @ B.T)
 
 
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("biased", [True, False])
+def test_without_gradients_fp32_factors_serve_a_bf16_base(rows: int, biased: bool, narrow_products: str) -> None:
+    A, B, weight = *factors(torch.float32), drawn(5, 6, dtype=torch.bfloat16, seed=3)
+    bias = drawn(5, dtype=torch.bfloat16, seed=4) if biased else None
+    x = drawn(1, rows, 6, dtype=torch.bfloat16)
+    with torch.no_grad():
+        y = lora_linear(x, weight, bias, A, B, 0.7)
+    exact = x.double() @ (weight.double() + 0.7 * B.double() @ A.double()).T + (0 if bias is None else bias.double())
+    assert y.dtype == torch.bfloat16
+    assert (y.double() - exact).norm() < 0.01 * exact.norm()
+
+
 def test_dropout_keeps_no_mask() -> None:
     A, B, weight = *factors(torch.float32), drawn(5, 6, dtype=torch.float32, seed=3)
     x = drawn(64, 6, dtype=torch.float32).requires_grad_() * 1.0

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.adapt.adapter import STATE, Adapter, ModelState, frozen_norm_class, set_active
+from trimtab.adapt.frozen_head import even_rows_for_head
 from trimtab.adapt.module import Copies, device_of, freeze_statistics, put, refuse_clash
 from trimtab.adapt.prompt_trial import fitting_sizes
 from trimtab.adapt.prompts import Prompt, PromptAdapter, Prompted, backbone_of, make_prompt
@@ -344,7 +345,7 @@ def install(
     state: ModelState | None = getattr(model, STATE, None)
     if state is None:
         parameters = base_parameters(modules.values())
-        state = ModelState({}, [p for p in parameters if p.requires_grad], [])
+        state = ModelState({}, [p for p in parameters if p.requires_grad], [], even_rows_for_head(model))
         for parameter in parameters:
             parameter.requires_grad_(False)
     for module in modules.values():

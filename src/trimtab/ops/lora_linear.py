@@ -83,13 +83,16 @@ def _without_gradient(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor,
     """`lora_linear` in as few calls as may be: a model that writes one token at a time feels each of them."""
     own, rows = x.dtype, x.numel() // A.size(1)
     dtype = product_dtype(x, rows)
-    if A.dtype is not dtype or B.dtype is not dtype:
-        A, B = A.to(dtype), B.to(dtype)
     if dtype is own:
         y = F.linear(x, weight, bias)
     else:
         x = x.to(dtype)
         y = times_transposed(x.reshape(rows, -1), weight, bias).view(*x.shape[:-1], -1)
+    if rows == 1 and A.dtype is not dtype and A.dtype is B.dtype:  # sooner than the factors, the one row is cast
+        y.view(-1).add_(torch.mv(B, torch.mv(A, x.reshape(-1).to(A.dtype))), alpha=scale)
+        return y if dtype is own else y.to(own)
+    if A.dtype is not dtype or B.dtype is not dtype:
+        A, B = A.to(dtype), B.to(dtype)
     if rows == 1:
         y.view(-1).addmv_(B, torch.mv(A, x.reshape(-1)), alpha=scale)
     else:
