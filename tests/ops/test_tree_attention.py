@@ -24,6 +24,7 @@ def path_taken(request: pytest.FixtureRequest) -> Iterator[str]:
             patch.setattr(module, "ROWS", 3)
         if request.param == "flash":
             patch.setattr(module, "LONGEST", 0)
+            patch.setattr(module, "LONGEST_NARROW", 0)
         yield request.param
 
 

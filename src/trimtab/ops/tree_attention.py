@@ -8,7 +8,8 @@ in its own sequence, which is to say
 On a CPU no mask is made. A run of tokens without a branch in it is a segment [a, b) whose tokens share one end e. Short
 sequences go block by block: some rows of a segment against the tokens from the root to the last of them, as plain
 products, whose only mask is the triangle of the rows among themselves. Probabilities are kept for backward where they
-are few, and computed again where they are many. The heads that share a key head are rows of the same products.
+are few, and computed again where they are many. The heads that share a key head are rows of the same products. Those
+are in the dtype that the machine is quick in, and the probabilities in fp32.
 
 Long sequences go through flash attention: a segment's tokens see it causally, and all of [b, e), which descend from it,
 see all of [a, b), two calls on slices. A row's partial results over several segments j combine by their log-sums Lⱼ:
@@ -31,7 +32,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from trimtab.ops.precision import wide
-from trimtab.ops.products import product_dtype
+from trimtab.ops.products import NARROW, product_dtype
 
 Segment = tuple[int, int, int]
 """(a, b, e): the tokens [a, b) without a branch among them, and the end e that they share."""
@@ -46,6 +47,8 @@ KEPT = 2
 """Probabilities are kept where they take at most as many times the memory of their queries."""
 LONGEST = 768
 """Tokens of a path up to which blocks are as fast as flash attention, or faster (benchmarks/RESULTS.md)."""
+LONGEST_NARROW = 4096
+"""The same where products are computed in bf16 or fp16: torch's flash attention gains little from their speed."""
 
 
 class Tree:
@@ -131,7 +134,7 @@ def tree_attention(
     if query.device.type != "cpu":
         return _flex(query, key, value, tree, scale)
     out: Tensor
-    if tree.longest <= LONGEST:
+    if tree.longest <= (LONGEST_NARROW if product_dtype(query) in NARROW else LONGEST):
         out = _Blocked.apply(query, key, value, tree.blocks, scale)  # type: ignore[no-untyped-call]
     else:
         out = _Segmented.apply(query, key, value, tree.segments, scale)  # type: ignore[no-untyped-call]
