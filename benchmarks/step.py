@@ -73,7 +73,7 @@ def by_peft(model: Any, ids: Tensor) -> Step:
 def by_trimtab(model: Any, ids: Tensor) -> Step:
     adapter = trimtab.attach(model, trimtab.LoRA(rank=16, alpha=32))
     model.train()
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=2e-4, foreach=True)
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=2e-4, fused=True)
     examples = [Example(row.tolist(), [True] * len(row), i, 0, False) for i, row in enumerate(ids)]
     packing = packing_for(adapter, "auto", examples)
     batch, shared = packing.build(examples, 0), SharedInputs()

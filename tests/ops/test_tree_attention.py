@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -150,7 +151,8 @@ def test_bf16_inputs_are_kept_as_they_are(narrow_products: str, path_taken: str)
     assert kept == 2 * (q.numel() + k.numel() + v.numel()) + rest
 
 
-def test_inputs_and_what_is_no_larger_are_kept(path_taken: str) -> None:
+def test_inputs_and_what_is_no_larger_are_kept(path_taken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WASTE", 0)
     tree = Tree.of(ends([*range(-1, 29), 9, *range(30, 49)]))
     q, k, v = (t * 1.0 for t in inputs(50))
     kept = saved_bytes(lambda: tree_attention(q, k, v, tree))
@@ -162,16 +164,35 @@ def test_inputs_and_what_is_no_larger_are_kept(path_taken: str) -> None:
 
 def few_probabilities(tree: Tree) -> int:
     """How many probabilities of 4 heads are kept: those of rows that see at most twice as many tokens as q is wide."""
-    few = [(b - a, sum(end - start for start, end in path)) for (a, b), path in tree.blocks]
+    few = [(b - a, sum(end - start for start, end in path)) for (a, b), path, _ in tree.blocks]
     return 4 * sum(rows * path for rows, path in few if path <= 2 * 8)
 
 
-def test_blocks_hold_every_row_once_and_its_path() -> None:
-    tree = Tree.of(ends([-1, 0, 1, 1, 3, -1, 5]))
-    assert [row for own, _ in tree.blocks for row in range(*own)] == list(range(7))
-    mask = tree.mask()
-    for own, path in tree.blocks:
-        assert [j for a, b in path for j in range(a, b)] == [j for j in range(7) if mask[own[1] - 1, j]]
+@given(trees(), st.sampled_from([0, 5, 4000]))
+def test_blocks_hold_every_row_once_and_see_what_it_sees(parents: list[int], waste: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "WASTE", waste)
+        tree = Tree.of(ends(parents))
+        blocks = tree.blocks
+    assert [row for own, _, _ in blocks for row in range(*own)] == list(range(len(parents)))
+    seen = torch.zeros(len(parents), len(parents), dtype=torch.bool)
+    for (start, stop), path, mask in blocks:
+        columns = [j for a, b in path for j in range(a, b)]
+        masked = mask.shape[1]
+        seen[start:stop, columns[:-masked]] = True
+        seen[start:stop, columns[-masked:]] = mask == 0
+        assert ((mask == 0) | (mask == -torch.inf)).all()
+        assert all(b < c for (_, b), (c, _) in itertools.pairwise(path))
+    assert torch.equal(seen, tree.mask())
+    assert tree.longest == int(tree.mask().sum(1).max())
+
+
+def test_small_segments_are_one_block_and_large_ones_are_not(path_taken: str) -> None:
+    small = Tree.of(ends([-1, 0, 1, 1, 3, -1, 5]))
+    large = Tree.of(ends([i - 1 if i % 70 else -1 for i in range(140)]))
+    if path_taken != "small blocks":
+        assert len(small.blocks) == 1
+        assert len(large.blocks) == 2
 
 
 @pytest.mark.parametrize("parents", [[*range(-1, 6)], [-1, 0, 1, 1, 3, -1, 5]])

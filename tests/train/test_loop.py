@@ -170,7 +170,7 @@ def test_the_best_weights_are_kept_when_asked_for(run, same, tmp_path):
 
 
 def test_weights_of_a_method_that_is_still_being_set_up_are_not_the_best(run, tmp_path):
-    options = {"eval_examples": make_examples(4, seed=9), "epochs": 3, "lr": 0.5, "eval_every": 1}  # worse and worse
+    options = {"eval_examples": make_examples(4, seed=9), "epochs": 3, "lr": 1.0, "eval_every": 1}  # worse and worse
     method = trimtab.Dash(rank=2, alpha=4, directions=2, warm_up_steps=6)
     _, _, reports = run(tmp_path / "last", method=method, **options)
     assert min(reports, key=lambda report: report.eval_loss).step < 6

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from trimtab.errors import UsageError
+from trimtab.ops.products import COMPUTED_ON_CPU
 from trimtab.train import machine
 
 
@@ -143,7 +144,7 @@ for _ in range(2):
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
-@pytest.mark.parametrize(("given", "again"), [({}, True), ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024"}, False)])
+@pytest.mark.parametrize(("given", "again"), [({}, True), (dict.fromkeys(machine.KERNEL_CACHES, "1024"), False)])
 def test_compiled_products_are_kept_up_to_a_number(given, again):
     """More shapes than are kept are compiled again in a second round, unless more were asked for."""
     more = str(2 * machine.KERNELS)
@@ -156,3 +157,27 @@ def test_compiled_products_are_kept_up_to_a_number(given, again):
     )
     made = [line for line in done.stdout.splitlines() if ",convolution," in line and "create:cache_miss" in line]
     assert len(made) == int(more) * (1 + again)
+
+
+SHAPES = """
+import torch
+from pathlib import Path
+from trimtab.train.machine import keep_few_kernels
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+keep_few_kernels()
+x, w, y = (torch.ones(700, 64, dtype=torch.bfloat16) for _ in range(3))
+def products(first, last):
+    for rows in range(first, last):
+        torch.mm(x[:rows], w[:64], out=y[:rows])
+products(1, 200)
+before = resident()
+products(200, 600)
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(torch.bfloat16 not in COMPUTED_ON_CPU, reason="bf16 is not compiled on this CPU")
+def test_ever_new_shapes_of_products_do_not_fill_the_memory():
+    done = subprocess.run([sys.executable, "-c", SHAPES], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 50 * 2**20

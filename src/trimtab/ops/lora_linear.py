@@ -227,7 +227,9 @@ class _LoRALinears(torch.autograd.Function):
                 (g[at].T @ kept).to(own) if needed[0] else None,
                 g[at].sum(0).to(own) if needed[1] else None,
                 gA[at].to(A.dtype) if needed[2] else None,
-                (g[at].T @ H[at]).mul_(scales[i]).to(B.dtype) if needed[3] else None,
+                (H[at].T @ g[at]).mul_(scales[i]).T.to(B.dtype, memory_format=torch.contiguous_format)
+                if needed[3]
+                else None,
             ]
         return tuple(found)
 

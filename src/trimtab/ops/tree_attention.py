@@ -5,11 +5,12 @@ in its own sequence, which is to say
 
     i attends to j   iff   j ≤ i < end[j]
 
-On a CPU no mask is made. A run of tokens without a branch in it is a segment [a, b) whose tokens share one end e. Short
-sequences go block by block: some rows of a segment against the tokens from the root to the last of them, as plain
-products, whose only mask is the triangle of the rows among themselves. Probabilities are kept for backward where they
-are few, and computed again where they are many. The heads that share a key head are rows of the same products. Those
-are in the dtype that the machine is quick in, and the probabilities in fp32.
+On a CPU the whole mask is never made. A run of tokens without a branch in it is a segment [a, b) whose tokens share one
+end e. Short sequences go block by block: some rows against the tokens that any of them sees, as plain products. Rows of
+one segment see all of those but what comes after them; small segments that follow one another are one block, with a
+mask for what some of its rows do not see, where that wastes less than another block costs. Products are in the dtype
+that the machine is quick in, probabilities in fp32; these are kept for backward where they are few, and computed again
+where they are many. The heads that share a key head are rows of the same products.
 
 Long sequences go through flash attention: a segment's tokens see it causally, and all of [b, e), which descend from it,
 see all of [a, b), two calls on slices. A row's partial results over several segments j combine by their log-sums Lⱼ:
@@ -23,8 +24,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,11 +39,16 @@ Segment = tuple[int, int, int]
 """(a, b, e): the tokens [a, b) without a branch among them, and the end e that they share."""
 Span = tuple[int, int]
 """The tokens from the first number on and before the second."""
-Block = tuple[Span, tuple[Span, ...]]
-"""Rows of one segment, and what they see: the spans of their path, which ends with the last of the rows."""
+Path = tuple[Span, ...]
+"""Spans in order, none next to another."""
+Block = tuple[Span, Path, Tensor]
+"""Rows; the tokens that any of them sees, which end with the last of the rows; and the mask of the last m of these
+tokens, [rows, m], minus infinity where a row does not see one: every row sees all those before."""
 
 ROWS = 96
 """At most as many rows a block: few waste products on the triangle, many make the products slow."""
+WASTE = 4000
+"""So many pairs of a row and a token it does not see are computed rather than to begin another block."""
 KEPT = 2
 """Probabilities are kept where they take at most as many times the memory of their queries."""
 LONGEST = 768
@@ -68,24 +74,41 @@ class Tree:
 
     @functools.cached_property
     def blocks(self) -> tuple[Block, ...]:
-        """The tokens in order, at most ROWS in a block, with the path of each block."""
-        found: list[Block] = []
-        path: list[Segment] = []
-        for a, b, end in self.segments:
-            while path and path[-1][2] <= a:
-                path.pop()
-            before = [(start, stop) for start, stop, _ in path]
+        """The tokens in order, at most ROWS in a block."""
+        found: list[_Rows] = []
+        for (a, b, _), before in self._sights():
             size = math.ceil((b - a) / math.ceil((b - a) / ROWS))
             for start in range(a, b, size):
                 stop = min(start + size, b)
-                found.append(((start, stop), _joined([*before, (a, stop)])))
-            path.append((a, b, end))
-        return tuple(found)
+                sight = before | _bits(a, stop)
+                rows = _Rows(start, stop, sight, sight)
+                if found and found[-1].takes(rows):
+                    rows = found.pop().with_(rows)
+                found.append(rows)
+        return tuple(self._block(rows) for rows in found)
+
+    def _sights(self) -> Iterator[tuple[Segment, int]]:
+        """Each segment and the tokens before it that it sees."""
+        path: list[Segment] = []
+        for segment in self.segments:
+            while path and path[-1][2] <= segment[0]:
+                path.pop()
+            yield segment, sum(_bits(a, b) for a, b, _ in path)
+            path.append(segment)
+
+    def _block(self, rows: _Rows) -> Block:
+        path = _spans(rows.some)
+        masked = (rows.some & ~(rows.every & _bits(0, rows.start))).bit_count()
+        seen = torch.cat([torch.arange(a, b) for a, b in path])[-masked:]
+        row = torch.arange(rows.start, rows.stop).unsqueeze(1)
+        unseen = (seen > row) | (row >= self.end.cpu()[seen])
+        mask = torch.zeros(unseen.shape).masked_fill_(unseen, -torch.inf)
+        return (rows.start, rows.stop), path, mask
 
     @functools.cached_property
     def longest(self) -> int:
         """Tokens of the longest path."""
-        return max(sum(b - a for a, b in path) for _, path in self.blocks)
+        return max(before.bit_count() + b - a for (a, b, _), before in self._sights())
 
     def to(self, device: torch.device | str) -> Tree:
         """The same tree with `end` on `device`."""
@@ -108,6 +131,42 @@ class Tree:
 
             self._block_mask = create_block_mask(sees, None, None, size, size, device=str(end.device))
         return self._block_mask
+
+
+class _Rows(NamedTuple):
+    """The rows [start, stop), what any of them sees and what every one does. Tokens are the bits of a number."""
+
+    start: int
+    stop: int
+    some: int
+    every: int
+
+    def takes(self, more: _Rows) -> bool:
+        """Whether the rows that follow are better computed along with these."""
+        waste = (self.stop - self.start) * (more.some & ~self.some).bit_count()
+        waste += (more.stop - more.start) * (self.some & ~more.some).bit_count()
+        return more.stop - self.start <= ROWS and waste <= WASTE
+
+    def with_(self, more: _Rows) -> _Rows:
+        """Both."""
+        return _Rows(self.start, more.stop, self.some | more.some, self.every & more.every)
+
+
+def _bits(a: int, b: int) -> int:
+    """The tokens [a, b)."""
+    return (1 << b) - (1 << a)
+
+
+def _spans(tokens: int) -> Path:
+    """The same tokens as spans."""
+    found = []
+    while tokens:
+        a = (tokens & -tokens).bit_length() - 1
+        run = tokens >> a
+        b = a + (~run & (run + 1)).bit_length() - 1
+        found.append((a, b))
+        tokens &= ~_bits(a, b)
+    return tuple(found)
 
 
 def tree_attention(
@@ -181,8 +240,8 @@ class _Blocked(torch.autograd.Function):
         q = (q * scale).view(o.shape)
         kept = []
         most = KEPT * query.shape[-1] if q.dtype == query.dtype else 0
-        for rows, path in blocks:
-            p = _probabilities(_rows(q, rows), _along(k, path), rows).to(q.dtype)
+        for rows, path, mask in blocks:
+            p = _probabilities(_rows(q, rows), _along(k, path), mask).to(q.dtype)
             o[:, :, slice(*rows)] = (p @ _along(v, path)).view(*o.shape[:2], -1, o.shape[3])
             kept.append(p if p.shape[-1] <= most else None)
         ctx.save_for_backward(query, key, value, *kept)  # type: ignore[arg-type]
@@ -199,9 +258,9 @@ class _Blocked(torch.autograd.Function):
         to_query, gq = _token_major(query, key.shape[0])
         to_key, to_value = (torch.zeros_like(t, dtype=wide(t.dtype)) for t in (key, value))
         q, g = (query * scale).view(gq.shape), grad.view(gq.shape)
-        for (rows, path), p in zip(blocks, kept, strict=True):
+        for (rows, path, mask), p in zip(blocks, kept, strict=True):
             own, go, k = _rows(q, rows), _rows(g, rows), _along(key, path)
-            p = _probabilities(own, k, rows) if p is None else p.to(wide(p.dtype))
+            p = _probabilities(own, k, mask) if p is None else p.to(wide(p.dtype))
             gs = torch._softmax_backward_data((go @ _along(value, path).mT).to(p.dtype), p, -1, p.dtype).to(k.dtype)
             gq[:, :, slice(*rows)] = (gs @ k).view(*gq.shape[:2], -1, gq.shape[3])
             gk, gv, at = gs.mT @ own, p.to(k.dtype).mT @ go, 0
@@ -222,34 +281,17 @@ def _rows(t: Tensor, rows: Span) -> Tensor:
     return t[:, :, slice(*rows)].reshape(t.shape[0], -1, t.shape[3])
 
 
-def _probabilities(own: Tensor, k: Tensor, rows: Span) -> Tensor:
+def _probabilities(own: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     """Of a block: the softmax of its scaled queries and the keys of its path, in fp32 (fp64 where they are)."""
     scores = (own @ k.mT).to(wide(own.dtype))
-    size = rows[1] - rows[0]
-    scores.view(own.shape[0], -1, size, k.shape[1])[..., -size:] += _later(size, scores.dtype)
+    size, masked = mask.shape
+    scores.view(own.shape[0], -1, size, k.shape[1])[..., -masked:] += mask
     return scores.softmax(-1)
 
 
-def _along(t: Tensor, path: tuple[Span, ...]) -> Tensor:
+def _along(t: Tensor, path: Path) -> Tensor:
     """The tokens of a path. t: [key_heads, N, width]."""
     return t[:, slice(*path[0])] if len(path) == 1 else torch.cat([t[:, a:b] for a, b in path], 1)
-
-
-@functools.lru_cache(ROWS)
-def _later(size: int, dtype: torch.dtype) -> Tensor:
-    """[size, size]: minus infinity for what comes after its row, else zero."""
-    return torch.full((size, size), -torch.inf, dtype=dtype).triu_(1)
-
-
-def _joined(spans: Sequence[Span]) -> tuple[Span, ...]:
-    """The same tokens in as few spans as may be."""
-    joined: list[Span] = []
-    for a, b in spans:
-        if joined and joined[-1][1] == a:
-            joined[-1] = joined[-1][0], b
-        else:
-            joined.append((a, b))
-    return tuple(joined)
 
 
 def _token_major(query: Tensor, key_heads: int) -> tuple[Tensor, Tensor]:

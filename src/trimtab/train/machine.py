@@ -21,6 +21,8 @@ ROUNDS, SECONDS = 5, 0.05  # of a measurement: at most so many, and none begun a
 
 KERNELS = 128
 """Of the products of one layer of a packed batch, forward and backward, there are fewer: some 80."""
+KERNEL_CACHES = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"
+"""oneDNN's own, and that of the layer through which torch calls it."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -86,13 +88,14 @@ def keep_freed_memory() -> None:
 
 
 def keep_few_kernels() -> None:
-    """Ask torch's oneDNN to keep KERNELS compiled products instead of 1,024; one's own wish in the environment stands.
+    """Ask torch and its oneDNN to keep KERNELS compiled products each, not 1,024; what the environment says stands.
 
-    In bf16, and for convolutions, it compiles a kernel for every shape of a product and keeps some 0.6 MB for each:
-    batches of ever new lengths fill half a gigabyte within a hundred steps. A layer's own are few, and come again with
-    the next layer. To be called before the first product.
+    In bf16, and for convolutions, a kernel is compiled for every shape of a product, and takes some 0.6 MB: batches of
+    ever new lengths fill hundreds of megabytes within a hundred steps. A layer's own are few, and come again with the
+    next layer. To be called before the first product.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))
+    for cache in KERNEL_CACHES:
+        os.environ.setdefault(cache, str(KERNELS))
 
 
 def cores() -> int:
