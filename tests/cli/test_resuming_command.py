@@ -177,6 +177,7 @@ def test_a_used_folder_is_not_overwritten(train, tmp_path):
 def test_a_run_that_is_stopped_goes_on(process, trimtab, model, data, tmp_path, sent):
     out = tmp_path / "a run"
     fixed = ["train", "--model", model, "--data", data / "train.jsonl", "--threads", 1, "--rank", 2, "--seed", 1]
+    fixed += ["--dtype", "float32"]
     child = process(*fixed, "--epochs", 100_000, "--max-steps", 100_000, "--out", out)
     wait_for(lambda: (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text()) > 2000, child)
     child.send_signal(sent)
@@ -193,7 +194,7 @@ def test_a_run_that_is_stopped_goes_on(process, trimtab, model, data, tmp_path, 
     state.write_text(state.read_text().replace('"max_steps": 100000', f'"max_steps": {reached + 2}'))
     done = trimtab("train", "--out", out, "--resume", "--json")
     assert done.code == 0, done.err
-    trimtab(*fixed, "--epochs", 100_000, "--max-steps", reached + 2, "--out", tmp_path / "whole", "--dtype", "float32")
+    trimtab(*fixed, "--epochs", 100_000, "--max-steps", reached + 2, "--out", tmp_path / "whole")
     assert weights(out) == weights(tmp_path / "whole")
     assert metrics(out) == metrics(tmp_path / "whole")
 
