@@ -380,6 +380,26 @@ def test_the_selftest_runs_on_the_users_model(trimtab, model):
     assert {check["allowed"] for check in done.json["checks"]} == {0.0, 1e-4}
 
 
+def test_in_a_narrow_dtype_twice_its_own_rounding_is_allowed(monkeypatch):
+    import torch
+
+    from trimtab import selftest as module
+    from trimtab.deltas import make_method
+
+    model = module.tiny_model().to(torch.bfloat16)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    rounding = module.rounding(model, make_method("lora"), module._examples(model))
+    assert 1e-3 < rounding < 0.1
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    monkeypatch.setitem(module.ALLOWED, torch.bfloat16, 0.0)
+    monkeypatch.setattr(module, "CHECKS", (module.shared, module.unmerged))
+    shared, unmerged = module.selftest(model, make_method("lora"))
+    assert shared.allowed == 2 * rounding
+    assert shared.passed
+    assert unmerged.allowed == 0
+
+
 def test_the_selftest_fails_when_an_equivalence_is_broken(trimtab, monkeypatch):
     from trimtab.data import batch, pack
     from trimtab.ops.tree_attention import Tree

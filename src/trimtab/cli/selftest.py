@@ -35,7 +35,7 @@ def run(name: str, summary: str, argv: list[str]) -> None:
         def show(check: Check) -> None:
             nonlocal done
             done += 1
-            limit = "every bit" if check.allowed == 0 else f"at most {check.allowed:.0e}"
+            limit = "every bit" if check.allowed == 0 else f"at most {check.allowed:.1e}"
             state, style = ("ok  ", None) if check.passed else ("FAIL", "bold red")
             screen.outcome(f"{state} {check.name}: {check.difference:.1e} ({limit})", style=style)
             update(done, len(CHECKS))
