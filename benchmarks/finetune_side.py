@@ -54,11 +54,11 @@ def about(asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def cpu() -> str:
-    """The processor's name, family and model, which are one name for machines of several generations; or what it is."""
+    """The processor's name, which several generations share, with its family and model; or what else is known of it."""
     told = Path("/proc/cpuinfo")
     fields = dict(re.findall(r"^([\w ]+?)\s*: (.*)$", told.read_text(), re.M)) if told.exists() else {}
     if not fields.keys() >= {"model name", "cpu family", "model"}:
-        return platform.processor()
+        return platform.processor() or platform.machine()
     return f"{fields['model name']}, family {fields['cpu family']} model {fields['model']}"
 
 

@@ -88,3 +88,24 @@ def test_a_model_without_an_output_head_has_none() -> None:
     model = reader()
     trimtab.attach(model, SMALL)
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_head_that_was_replaced_is_let_go() -> None:
+    model: Any = built("llama")
+    adapter = trimtab.attach(model, SMALL)
+    old = head(model)
+    model.lm_head = nn.Linear(old.in_features, old.out_features, bias=False)
+    again = copy.deepcopy(model)
+    torch.save(again, io.BytesIO())
+    adapter.remove()
+    trimtab.adapters(again)["default"].remove()
+    assert not head(model)._forward_pre_hooks
+
+
+def test_a_model_that_knows_of_no_head_is_adapted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(self: Any) -> None:
+        raise NotImplementedError
+
+    model: Any = built("llama")
+    monkeypatch.setattr(type(model), "get_output_embeddings", unknown)
+    trimtab.attach(model, SMALL, targets="q_proj").remove()

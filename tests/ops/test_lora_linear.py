@@ -179,6 +179,15 @@ def test_without_gradients_fp32_factors_serve_a_bf16_base(rows: int, biased: boo
     assert (y.double() - exact).norm() < 0.01 * exact.norm()
 
 
+@pytest.mark.parametrize(("own", "factor"), [(torch.float64, torch.float32), (torch.float32, torch.float16)])
+def test_without_gradients_an_input_is_not_cast_to_narrower_factors(own: torch.dtype, factor: torch.dtype) -> None:
+    A, B, weight, x = *factors(factor), drawn(5, 6, dtype=own, seed=3), drawn(2, 6, dtype=own) * 1e5
+    with torch.no_grad():
+        together = lora_linear(x, weight, None, A, B, 0.7)
+        alone = torch.cat([lora_linear(row, weight, None, A, B, 0.7) for row in x.split(1)])
+    torch.testing.assert_close(alone, together)
+
+
 def test_dropout_keeps_no_mask() -> None:
     A, B, weight = *factors(torch.float32), drawn(5, 6, dtype=torch.float32, seed=3)
     x = drawn(64, 6, dtype=torch.float32).requires_grad_() * 1.0

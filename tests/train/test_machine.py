@@ -132,6 +132,11 @@ def test_memory_that_tensors_give_back_is_kept():
     assert int(done.stdout) > 20 * 2**20
 
 
+def bare():
+    """The environment without what a command of this process may have asked for."""
+    return {key: value for key, value in os.environ.items() if key not in machine.KERNEL_CACHES}
+
+
 COMPILED = """
 import torch
 from trimtab.train.machine import keep_few_kernels
@@ -150,7 +155,7 @@ def test_compiled_products_are_kept_up_to_a_number(given, again):
     more = str(2 * machine.KERNELS)
     done = subprocess.run(
         [sys.executable, "-c", COMPILED.replace("KERNELS", more)],
-        env={**os.environ, "ONEDNN_VERBOSE": "profile_create", **given},
+        env={**bare(), "ONEDNN_VERBOSE": "profile_create", **given},
         capture_output=True,
         text=True,
         check=True,
@@ -172,12 +177,12 @@ def products(first, last):
         torch.mm(x[:rows], w[:64], out=y[:rows])
 products(1, 200)
 before = resident()
-products(200, 600)
+products(200, 700)
 print(resident() - before)
 """
 
 
 @pytest.mark.skipif(torch.bfloat16 not in COMPUTED_ON_CPU, reason="bf16 is not compiled on this CPU")
 def test_ever_new_shapes_of_products_do_not_fill_the_memory():
-    done = subprocess.run([sys.executable, "-c", SHAPES], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 50 * 2**20
+    done = subprocess.run([sys.executable, "-c", SHAPES], env=bare(), capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 120 * 2**20

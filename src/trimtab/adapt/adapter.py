@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from trimtab.adapt.frozen_head import release_head
 from trimtab.adapt.module import (
     Adapted,
     Copies,
@@ -41,7 +41,6 @@ class ModelState:
     adapters: dict[str, Adapter]
     was_trainable: list[nn.Parameter]
     frozen_norms: list[nn.Module]
-    head: RemovableHandle | None
     active: tuple[str, ...] = ()
     merged: Merged | None = None
 
@@ -201,8 +200,7 @@ def _release(model: nn.Module, state: ModelState) -> None:
         parameter.requires_grad_(True)
     for norm in state.frozen_norms:
         release_statistics(norm)
-    if state.head is not None:
-        state.head.remove()
+    release_head(model)
     delattr(model, STATE)
 
 

@@ -345,7 +345,8 @@ def install(
     state: ModelState | None = getattr(model, STATE, None)
     if state is None:
         parameters = base_parameters(modules.values())
-        state = ModelState({}, [p for p in parameters if p.requires_grad], [], even_rows_for_head(model))
+        state = ModelState({}, [p for p in parameters if p.requires_grad], [])
+        even_rows_for_head(model)
         for parameter in parameters:
             parameter.requires_grad_(False)
     for module in modules.values():

@@ -12,20 +12,28 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 
-def even_rows_for_head(model: nn.Module) -> RemovableHandle | None:
-    """Give the model's output head its inputs with rows that follow one another, until the handle is removed.
+def even_rows_for_head(model: nn.Module) -> None:
+    """Give the model's output head, where it has a linear one, its inputs with rows that follow one another."""
+    try:
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+    except NotImplementedError:
+        return
+    if isinstance(head, nn.Linear):
+        head.register_forward_pre_hook(_even_rows)
 
-    None where there is no linear head to be found.
-    """
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    return head.register_forward_pre_hook(_even_rows) if isinstance(head, nn.Linear) else None
+
+def release_head(model: nn.Module) -> None:
+    """Undo `even_rows_for_head`, wherever the head has gone since."""
+    for module in model.modules():
+        hooks = module._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook is _even_rows]:
+            del hooks[key]
 
 
 def _even_rows(head: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    x = given[0] if given else None
+    x: Any = given[0] if given else None
     if x is None or x.dim() != 3 or x.stride(0) == x.stride(1) * x.shape[1]:
         return None
     return x.clone(memory_format=torch.contiguous_format), *given[1:]

@@ -62,7 +62,7 @@ def lora_linear(
 
     x: [..., in]. weight: [out, in], any strides; bias: [out]; both in x's dtype, and both usually frozen. A: [r, in],
     B: [out, r]: of any floating dtype; the products run in x's `product_dtype`, and gradients come back in the factors'
-    own.
+    own; without gradients a single row goes through wider factors in their dtype.
     dropout: of A's input. Differentiable once. Under autocast it is the plain sum, which that knows how to cast.
     """
     if autocasts(x.device):
@@ -88,8 +88,8 @@ def _without_gradient(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor,
     else:
         x = x.to(dtype)
         y = times_transposed(x.reshape(rows, -1), weight, bias).view(*x.shape[:-1], -1)
-    if rows == 1 and A.dtype is not dtype and A.dtype is B.dtype:  # sooner than the factors, the one row is cast
-        y.view(-1).add_(torch.mv(B, torch.mv(A, x.reshape(-1).to(A.dtype))), alpha=scale)
+    if rows == 1 and A.dtype is B.dtype and A.dtype is not dtype and torch.promote_types(A.dtype, dtype) is A.dtype:
+        y.view(-1).add_(torch.mv(B, torch.mv(A, x.reshape(-1).to(A.dtype))), alpha=scale)  # sooner than A and B
         return y if dtype is own else y.to(own)
     if A.dtype is not dtype or B.dtype is not dtype:
         A, B = A.to(dtype), B.to(dtype)
@@ -227,9 +227,7 @@ class _LoRALinears(torch.autograd.Function):
                 (g[at].T @ kept).to(own) if needed[0] else None,
                 g[at].sum(0).to(own) if needed[1] else None,
                 gA[at].to(A.dtype) if needed[2] else None,
-                (H[at].T @ g[at]).mul_(scales[i]).T.to(B.dtype, memory_format=torch.contiguous_format)
-                if needed[3]
-                else None,
+                (H[at].T @ g[at]).mul_(scales[i]).T.to(B.dtype).contiguous() if needed[3] else None,
             ]
         return tuple(found)
 

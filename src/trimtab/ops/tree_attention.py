@@ -8,9 +8,9 @@ in its own sequence, which is to say
 On a CPU the whole mask is never made. A run of tokens without a branch in it is a segment [a, b) whose tokens share one
 end e. Short sequences go block by block: some rows against the tokens that any of them sees, as plain products. Rows of
 one segment see all of those but what comes after them; small segments that follow one another are one block, with a
-mask for what some of its rows do not see, where that wastes less than another block costs. Products are in the dtype
-that the machine is quick in, probabilities in fp32; these are kept for backward where they are few, and computed again
-where they are many. The heads that share a key head are rows of the same products.
+mask for what some of its rows do not see, where that wastes less than another block costs. Scores are computed in fp32,
+the other products in the dtype that the machine is quick in. Probabilities are kept for backward where they are few,
+and computed again where they are many. The heads that share a key head are rows of the same products.
 
 Long sequences go through flash attention: a segment's tokens see it causally, and all of [b, e), which descend from it,
 see all of [a, b), two calls on slices. A row's partial results over several segments j combine by their log-sums Lⱼ:
@@ -53,8 +53,11 @@ KEPT = 2
 """Probabilities are kept where they take at most as many times the memory of their queries."""
 LONGEST = 768
 """Tokens of a path up to which blocks are as fast as flash attention, or faster (benchmarks/RESULTS.md)."""
-LONGEST_NARROW = 4096
+LONGEST_NARROW = 2048
 """The same where products are computed in bf16 or fp16: torch's flash attention gains little from their speed."""
+SHAPES = 24
+"""Blocks of so many shapes are computed in bf16. It compiles five products for each, and keeps `machine.KERNELS` of all
+products: of more shapes it would compile every one anew in every layer, so that fp32 is faster."""
 
 
 class Tree:
@@ -75,13 +78,13 @@ class Tree:
     @functools.cached_property
     def blocks(self) -> tuple[Block, ...]:
         """The tokens in order, at most ROWS in a block."""
-        found: list[_Rows] = []
+        found: list[_Group] = []
         for (a, b, _), before in self._sights():
             size = math.ceil((b - a) / math.ceil((b - a) / ROWS))
             for start in range(a, b, size):
                 stop = min(start + size, b)
                 sight = before | _bits(a, stop)
-                rows = _Rows(start, stop, sight, sight)
+                rows = _Group(start, stop, sight, sight)
                 if found and found[-1].takes(rows):
                     rows = found.pop().with_(rows)
                 found.append(rows)
@@ -96,7 +99,7 @@ class Tree:
             yield segment, sum(_bits(a, b) for a, b, _ in path)
             path.append(segment)
 
-    def _block(self, rows: _Rows) -> Block:
+    def _block(self, rows: _Group) -> Block:
         path = _spans(rows.some)
         masked = (rows.some & ~(rows.every & _bits(0, rows.start))).bit_count()
         seen = torch.cat([torch.arange(a, b) for a, b in path])[-masked:]
@@ -106,13 +109,19 @@ class Tree:
         return (rows.start, rows.stop), path, mask
 
     @functools.cached_property
+    def shapes(self) -> int:
+        """How many blocks there are of different numbers of rows or of tokens seen."""
+        return len({(stop - start, sum(b - a for a, b in path)) for (start, stop), path, _ in self.blocks})
+
+    @functools.cached_property
     def longest(self) -> int:
         """Tokens of the longest path."""
         return max(before.bit_count() + b - a for (a, b, _), before in self._sights())
 
     def to(self, device: torch.device | str) -> Tree:
         """The same tree with `end` on `device`."""
-        return Tree(self.end.to(device), self.segments)
+        end = self.end.to(device)
+        return self if end is self.end else Tree(end, self.segments)
 
     def mask(self) -> Tensor:
         """[N, N] bool: whether token i (row) attends to token j (column)."""
@@ -133,7 +142,7 @@ class Tree:
         return self._block_mask
 
 
-class _Rows(NamedTuple):
+class _Group(NamedTuple):
     """The rows [start, stop), what any of them sees and what every one does. Tokens are the bits of a number."""
 
     start: int
@@ -141,15 +150,15 @@ class _Rows(NamedTuple):
     some: int
     every: int
 
-    def takes(self, more: _Rows) -> bool:
+    def takes(self, more: _Group) -> bool:
         """Whether the rows that follow are better computed along with these."""
         waste = (self.stop - self.start) * (more.some & ~self.some).bit_count()
         waste += (more.stop - more.start) * (self.some & ~more.some).bit_count()
         return more.stop - self.start <= ROWS and waste <= WASTE
 
-    def with_(self, more: _Rows) -> _Rows:
+    def with_(self, more: _Group) -> _Group:
         """Both."""
-        return _Rows(self.start, more.stop, self.some | more.some, self.every & more.every)
+        return _Group(self.start, more.stop, self.some | more.some, self.every & more.every)
 
 
 def _bits(a: int, b: int) -> int:
@@ -193,8 +202,11 @@ def tree_attention(
     if query.device.type != "cpu":
         return _flex(query, key, value, tree, scale)
     out: Tensor
-    if tree.longest <= (LONGEST_NARROW if product_dtype(query) in NARROW else LONGEST):
-        out = _Blocked.apply(query, key, value, tree.blocks, scale)  # type: ignore[no-untyped-call]
+    dtype = product_dtype(query)
+    if dtype in NARROW and tree.shapes > SHAPES:
+        dtype = wide(dtype)
+    if tree.longest <= (LONGEST_NARROW if dtype in NARROW else LONGEST):
+        out = _Blocked.apply(query, key, value, tree.blocks, scale, dtype)  # type: ignore[no-untyped-call]
     else:
         out = _Segmented.apply(query, key, value, tree.segments, scale)  # type: ignore[no-untyped-call]
     return out
@@ -231,49 +243,64 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale: float) -
 
 
 class _Blocked(torch.autograd.Function):
+    """dtype: of the products; scores and probabilities are in fp32 (fp64 where the inputs are)."""
+
     @staticmethod
     def forward(
-        ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, blocks: tuple[Block, ...], scale: float
+        ctx: FunctionCtx,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        blocks: tuple[Block, ...],
+        scale: float,
+        dtype: torch.dtype,
     ) -> Tensor:
         out, o = _token_major(query, key.shape[0])
-        q, k, v = _computed(query, key, value)
-        q = (q * scale).view(o.shape)
-        kept = []
-        most = KEPT * query.shape[-1] if q.dtype == query.dtype else 0
+        scaled, k = _for_scores(query, key, scale, o.shape)
+        v, kept = value.to(dtype), []
+        most = KEPT * query.shape[-1] if dtype == query.dtype else 0
         for rows, path, mask in blocks:
-            p = _probabilities(_rows(q, rows), _along(k, path), mask).to(q.dtype)
+            p = _probabilities(_rows(scaled, rows), _along(k, path), mask).to(dtype)
             o[:, :, slice(*rows)] = (p @ _along(v, path)).view(*o.shape[:2], -1, o.shape[3])
             kept.append(p if p.shape[-1] <= most else None)
         ctx.save_for_backward(query, key, value, *kept)  # type: ignore[arg-type]
-        ctx.rest = blocks, scale  # type: ignore[attr-defined]
+        ctx.rest = blocks, scale, dtype  # type: ignore[attr-defined]
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *kept = ctx.saved_tensors
-        narrow = query.dtype
-        query, key, value, grad = _computed(query, key, value, grad)
-        blocks, scale = ctx.rest
-        to_query, gq = _token_major(query, key.shape[0])
-        to_key, to_value = (torch.zeros_like(t, dtype=wide(t.dtype)) for t in (key, value))
-        q, g = (query * scale).view(gq.shape), grad.view(gq.shape)
+        blocks, scale, dtype = ctx.rest
+        to_query, gq = _token_major(query, key.shape[0], dtype)
+        again = _for_scores(query, key, scale, gq.shape) if any(p is None for p in kept) else None
+        q, k, v, g = (t.to(dtype) for t in (query, key, value, grad))
+        q, g = q.view(gq.shape), g.view(gq.shape)
+        to_key, to_value = (torch.zeros_like(t, dtype=wide(dtype)) for t in (k, v))
         for (rows, path, mask), p in zip(blocks, kept, strict=True):
-            own, go, k = _rows(q, rows), _rows(g, rows), _along(key, path)
-            p = _probabilities(own, k, mask) if p is None else p.to(wide(p.dtype))
-            gs = torch._softmax_backward_data((go @ _along(value, path).mT).to(p.dtype), p, -1, p.dtype).to(k.dtype)
-            gq[:, :, slice(*rows)] = (gs @ k).view(*gq.shape[:2], -1, gq.shape[3])
-            gk, gv, at = gs.mT @ own, p.to(k.dtype).mT @ go, 0
+            own, go = _rows(q, rows), _rows(g, rows)
+            if p is not None:
+                wider = p.to(wide(dtype))
+            else:
+                assert again is not None
+                wider = _probabilities(_rows(again[0], rows), _along(again[1], path), mask)
+                p = wider.to(dtype)
+            to_p = (go @ _along(v, path).mT).to(wider.dtype)
+            gs = torch._softmax_backward_data(to_p, wider, -1, wider.dtype).to(dtype)
+            gq[:, :, slice(*rows)] = (gs @ _along(k, path)).view(*gq.shape[:2], -1, gq.shape[3])
+            gk, gv, at = gs.mT @ own, p.mT @ go, 0
             for a, b in path:
                 to_key[:, a:b] += gk[:, at : at + b - a]
                 to_value[:, a:b] += gv[:, at : at + b - a]
                 at += b - a
-        return to_query.mul_(scale).to(narrow), to_key.to(narrow), to_value.to(narrow), None, None
+        to_query, to_key = to_query.mul_(scale), to_key.mul_(scale)
+        return to_query.to(query.dtype), to_key.to(key.dtype), to_value.to(value.dtype), None, None, None
 
 
-def _computed(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the dtype in which their products are computed."""
-    return tuple(t.to(product_dtype(t)) for t in tensors)
+def _for_scores(query: Tensor, key: Tensor, scale: float, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """Scaled queries in the shape of `_token_major`'s second result, and keys, both wide: bf16 scores would be rounded
+    by more than probabilities can bear."""
+    return (query.to(wide(query.dtype)) * scale).view(shape), key.to(wide(key.dtype))
 
 
 def _rows(t: Tensor, rows: Span) -> Tensor:
@@ -282,8 +309,8 @@ def _rows(t: Tensor, rows: Span) -> Tensor:
 
 
 def _probabilities(own: Tensor, k: Tensor, mask: Tensor) -> Tensor:
-    """Of a block: the softmax of its scaled queries and the keys of its path, in fp32 (fp64 where they are)."""
-    scores = (own @ k.mT).to(wide(own.dtype))
+    """Of a block: the softmax of its scaled queries and the keys of its path."""
+    scores = own @ k.mT
     size, masked = mask.shape
     scores.view(own.shape[0], -1, size, k.shape[1])[..., -masked:] += mask
     return scores.softmax(-1)
@@ -294,10 +321,10 @@ def _along(t: Tensor, path: Path) -> Tensor:
     return t[:, slice(*path[0])] if len(path) == 1 else torch.cat([t[:, a:b] for a, b in path], 1)
 
 
-def _token_major(query: Tensor, key_heads: int) -> tuple[Tensor, Tensor]:
+def _token_major(query: Tensor, key_heads: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """An empty [heads, N, width], laid out as the projection after attention reads it, and by key head."""
     heads, tokens, width = query.shape
-    out = query.new_empty(tokens, heads, width).transpose(0, 1)
+    out = query.new_empty(tokens, heads, width, dtype=dtype).transpose(0, 1)
     return out, out.view(key_heads, heads // key_heads, tokens, width)
 
 
@@ -356,6 +383,11 @@ class _Segmented(torch.autograd.Function):
                     gk[:, :, a:b] += part[1]
                     gv[:, :, a:b] += part[2]
         return gq.view(query.shape).to(narrow), gk.sum(1).to(narrow), gv.sum(1).to(narrow), None, None
+
+
+def _computed(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype in which their products are computed."""
+    return tuple(t.to(product_dtype(t)) for t in tensors)
 
 
 def _grouped(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -323,8 +323,10 @@ def _optimizer(adapter: Adapter, lr: float, settings: Settings) -> torch.optim.O
     for parameter in adapter.parameters():
         by_factor.setdefault(factors.get(parameter, 1.0), []).append(parameter)
     groups = [{"params": own, "lr": lr * factor, "factor": factor} for factor, own in by_factor.items()]
-    # fused: one kernel over all parameters, a third of the time that hundreds of small ones take (foreach on a CPU).
-    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
+    # fused: one kernel over all parameters, a third of the time that hundreds of small ones take (foreach on a CPU). It
+    # takes a parameter and its moments, which a checkpoint keeps contiguous, for laid out alike.
+    even = all(parameter.is_contiguous() for own in by_factor.values() for parameter in own)
+    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=even, foreach=not even)
 
 
 @contextmanager
