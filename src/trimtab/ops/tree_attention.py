@@ -55,7 +55,7 @@ LONGEST = 768
 """Tokens of a path up to which blocks are as fast as flash attention, or faster (benchmarks/RESULTS.md)."""
 LONGEST_NARROW = 2048
 """The same where products are computed in bf16 or fp16: torch's flash attention gains little from their speed."""
-SHAPES = 24
+SHAPES = 18
 """Blocks of so many shapes are computed in bf16. It compiles five products for each, and keeps `machine.KERNELS` of all
 products: of more shapes it would compile every one anew in every layer, so that fp32 is faster."""
 

@@ -19,7 +19,7 @@ from trimtab.ops.products import COMPUTED_ON_CPU
 CLEARLY = 1.1  # how many times as fast anything but the default must be to be taken
 ROUNDS, SECONDS = 5, 0.05  # of a measurement: at most so many, and none begun after so long
 
-KERNELS = 192
+KERNELS = 128
 """Of the products of one layer of a packed batch, forward and backward, there are fewer: some 35 of linear maps, and
 those of attention (`tree_attention.SHAPES`)."""
 KERNEL_CACHES = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"
