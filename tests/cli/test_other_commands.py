@@ -402,7 +402,7 @@ def test_in_a_narrow_dtype_twice_its_own_rounding_is_allowed(monkeypatch):
 
 def test_the_selftest_fails_when_an_equivalence_is_broken(trimtab, monkeypatch):
     from trimtab.data import batch, pack
-    from trimtab.ops.tree_attention import Tree
+    from trimtab.ops.tree import Tree
     from trimtab.train import packing
 
     def leaky(examples, pad_id):  # each example sees those before it

@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from trimtab.ops import tree as shape
 from trimtab.ops import tree_attention as module
-from trimtab.ops.tree_attention import Tree, tree_attention
+from trimtab.ops.tree import Tree
+from trimtab.ops.tree_attention import tree_attention
 
 
 @pytest.fixture(params=["blocks", "small blocks", "flash"], scope="module", autouse=True)
@@ -22,7 +24,7 @@ def path_taken(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every test here holds for each way of computing it on a CPU."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "small blocks":
-            patch.setattr(module, "ROWS", 3)
+            patch.setattr(shape, "ROWS", 3)
         if request.param == "flash":
             patch.setattr(module, "LONGEST", 0)
             patch.setattr(module, "LONGEST_NARROW", 0)
@@ -156,7 +158,7 @@ def test_bf16_inputs_are_kept_as_they_are(narrow_products: str, path_taken: str)
 
 
 def test_inputs_and_what_is_no_larger_are_kept(path_taken: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "WASTE", 0)
+    monkeypatch.setattr(shape, "WASTE", 0)
     tree = Tree.of(ends([*range(-1, 29), 9, *range(30, 49)]))
     q, k, v = (t * 1.0 for t in inputs(50))
     kept = saved_bytes(lambda: tree_attention(q, k, v, tree))
@@ -175,7 +177,7 @@ def few_probabilities(tree: Tree) -> int:
 @given(trees(), st.sampled_from([0, 5, 4000]))
 def test_blocks_hold_every_row_once_and_see_what_it_sees(parents: list[int], waste: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "WASTE", waste)
+        patch.setattr(shape, "WASTE", waste)
         tree = Tree.of(ends(parents))
         blocks = tree.blocks
     assert [row for own, _, _ in blocks for row in range(*own)] == list(range(len(parents)))

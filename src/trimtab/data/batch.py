@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trimtab.data.encode import Example
 from trimtab.errors import UsageError
-from trimtab.ops.tree_attention import Tree
+from trimtab.ops.tree import Tree
 
 IGNORED = -100  # the label that torch's and transformers' cross-entropy leave out
 POOL = 16  # batches whose examples are sorted by length together

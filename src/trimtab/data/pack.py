@@ -8,7 +8,7 @@ import torch
 
 from trimtab.data.batch import Batch, Term, add_terms, counts, need_some, term_tensors
 from trimtab.data.encode import Example
-from trimtab.ops.tree_attention import Tree
+from trimtab.ops.tree import Tree
 
 
 def pack(examples: Sequence[Example], pad_id: int = 0, *, share: bool = False) -> Batch:

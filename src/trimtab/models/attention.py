@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from trimtab.adapt.module import modes_kept
 from trimtab.deltas.layout import original_class
 from trimtab.errors import UsageError, ran_out_of_memory
-from trimtab.ops.tree_attention import Tree, tree_attention
+from trimtab.ops.tree import Tree
+from trimtab.ops.tree_attention import tree_attention
 
 NAME = "trimtab_tree"
 UNSERVED = ("s_aux", "position_bias", "sinks")
