@@ -298,3 +298,27 @@ def test_a_long_run_saves_itself_without_being_told(run, tmp_path, monkeypatch):
     monkeypatch.setattr("trimtab.train.loop.AUTOSAVE_SECONDS", 1e9)
     run(tmp_path / "never")
     assert checkpoints(tmp_path / "never" / "checkpoints") == []
+
+
+def test_copies_that_are_laid_out_otherwise_resume_alike(stopped, same, tmp_path):
+    """A checkpoint keeps moments contiguous; a trained copy of a transposed weight is not."""
+
+    def trained(out, stop=None, resume=False):
+        model = make_llama()
+        weight = model.lm_head.weight
+        weight.data = weight.data.T.contiguous().T
+        adapter = trimtab.attach(model, trimtab.LoRA(rank=2), extra_modules=["lm_head"], seed=5)
+        assert not all(parameter.is_contiguous() for parameter in adapter.parameters())
+
+        def on_step(report):
+            if report.step == stop:
+                raise stopped
+
+        options = Settings(batch_size=3, lr=1e-2, seed=5, epochs=2, save_every=2)
+        trimtab.fit(adapter, make_examples(), options, out=out, resume=resume, on_step=on_step)
+        return {key: tensor.clone() for key, tensor in adapter.state_dict().items()}
+
+    whole = trained(tmp_path / "whole")
+    with pytest.raises(stopped):
+        trained(tmp_path / "cut", stop=3)
+    assert same(trained(tmp_path / "cut", resume=True), whole)
