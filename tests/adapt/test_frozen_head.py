@@ -108,4 +108,8 @@ def test_a_model_that_knows_of_no_head_is_adapted(monkeypatch: pytest.MonkeyPatc
 
     model: Any = built("llama")
     monkeypatch.setattr(type(model), "get_output_embeddings", unknown)
-    trimtab.attach(model, SMALL, targets="q_proj").remove()
+    for targets in ("q_proj", "all-linear"):
+        adapter = trimtab.attach(model, SMALL, targets=targets)
+        assert any(path.endswith("q_proj") for path in adapter.deltas)
+        assert not any(module._forward_pre_hooks for module in model.modules())
+        adapter.remove()

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from trimtab.adapt.select import output_head
+
 
 def even_rows_for_head(model: nn.Module) -> None:
     """Give the model's output head, where it has a linear one, its inputs with rows that follow one another."""
-    try:
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-    except NotImplementedError:
-        return
+    head = output_head(model)
     if isinstance(head, nn.Linear):
         head.register_forward_pre_hook(_even_rows)
 

@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from torch import nn
 
@@ -180,10 +179,18 @@ def _linear_paths(model: nn.Module, sites: dict[str, Site]) -> list[str]:
     return [p for p, s in sites.items() if s.layout.kind in ("linear", "conv1d-transposed") and s.module not in heads]
 
 
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The output embeddings of a transformers model; None for a model that has none, or does not know them."""
+    try:
+        found: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
+    except NotImplementedError:
+        return None
+    return found
+
+
 def head_modules(model: nn.Module) -> set[nn.Module]:
     """The output embeddings of a transformers model, and the classification heads of one."""
-    get_head: Any = getattr(model, "get_output_embeddings", None)
-    heads = {get_head()} if get_head is not None else set()
+    heads: set[nn.Module | None] = {output_head(model)}
     if any(task in type(model).__name__ for task in ("Classification", "QuestionAnswering", "MultipleChoice")):
         for name in ("score", "classifier", "qa_outputs", "classification_head"):
             head = getattr(model, name, None)

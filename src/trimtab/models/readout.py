@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from trimtab.adapt.module import Adapted, modes_kept
 from trimtab.adapt.prompts import Prompted
+from trimtab.adapt.select import output_head
 from trimtab.deltas.layout import original_class
 from trimtab.errors import ran_out_of_memory
 from trimtab.models.last_layer import FEW, at_positions, last_feed_forward, recomputes
@@ -92,7 +93,7 @@ _KNOWN: WeakKeyDictionary[nn.Module, Readout | None] = WeakKeyDictionary()
 def readout_of(model: nn.Module) -> Readout | None:
     """The model's readout; None, said once in the log, where its logits are something else than described above."""
     known = _KNOWN.get(model)
-    replaced = known is not None and known.head is not cast("Any", model).get_output_embeddings()
+    replaced = known is not None and known.head is not output_head(model)
     if model not in _KNOWN or replaced:
         found = _candidate(model)
         why = "its head was not found" if found is None else _difference(model, found)
@@ -105,8 +106,7 @@ def readout_of(model: nn.Module) -> Readout | None:
 
 
 def _candidate(model: Any) -> Readout | None:
-    backbone, find_head = getattr(model, "base_model", None), getattr(model, "get_output_embeddings", None)
-    head = find_head() if find_head is not None else None
+    backbone, head = getattr(model, "base_model", None), output_head(model)
     if backbone is None or backbone is model or not isinstance(head, nn.Linear):
         return None
     if original_class(head).forward is not nn.Linear.forward:
