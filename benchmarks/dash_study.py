@@ -43,7 +43,7 @@ from trimtab.tasks.evaluate import evaluate
 from trimtab.tasks.knowledge import Question
 from trimtab.tasks.likelihood import choice_scores, prompt_of
 from trimtab.tasks.task import Item, subset, training_rows
-from trimtab.train.machine import keep_freed_memory
+from trimtab.train.machine import spare_memory
 from trimtab.train.settings import Settings
 
 TASKS = ("arc_easy", "arc_challenge", "openbookqa", "boolq")
@@ -216,7 +216,7 @@ def main() -> None:
         flag = f"--{field.name.replace('_', '-')}"
         parser.add_argument(flag, type=type(field.default), default=field.default, choices=kinds)
     asked = vars(parser.parse_args())
-    keep_freed_memory()
+    spare_memory()
     torch.set_num_threads(asked["threads"])
     sizes = Sizes(**{field.name: asked[field.name] for field in dataclasses.fields(Sizes)})
     arms = [arm for arm in ARMS if arm in asked["arms"]]

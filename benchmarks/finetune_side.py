@@ -159,10 +159,9 @@ def by_trimtab(model: Any, tokenizer: Any, examples: list[Any], asked: argparse.
 def main() -> None:
     asked = flags()
     if asked.side == "trimtab":
-        from trimtab.train.machine import keep_few_kernels, keep_freed_memory
+        from trimtab.train.machine import spare_memory
 
-        keep_freed_memory()
-        keep_few_kernels()
+        spare_memory()
     import torch
     from instructions import encoded, held_out_loss, shuffled
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed

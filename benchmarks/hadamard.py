@@ -30,7 +30,7 @@ import torch
 from trimtab.errors import UsageError
 from trimtab.ops.hadamard import hadamard, hadamard_
 from trimtab.subspace.projection import PROJECTIONS, make_projection
-from trimtab.train.machine import keep_freed_memory
+from trimtab.train.machine import spare_memory
 
 MNIST_FC = [784 * 200, 200, 200 * 200, 200, 200 * 10, 10]
 SIDES = [*((name, {}) for name in PROJECTIONS), ("fastfood-blocks", {"diagonal": "gaussian"})]
@@ -113,7 +113,7 @@ def projection_line(name: str, options: dict[str, Any], sizes: list[int], thread
     line["kept_mib"] = round((kept - before) / 2**20, 1)
     line["expand_transient_mib"] = round((expanding.bytes - kept) / 2**20, 1)
     line["adjoint_transient_mib"] = round((going_back.bytes - kept) / 2**20, 1)
-    keep_freed_memory()  # as the command line does
+    spare_memory()  # as the command line does
     sides = {"expand": lambda: projection.expand(theta_d), "adjoint": lambda: projection.adjoint(g)}
     times = in_turn(sides, flags)
     line.update({side: spread(taken) for side, taken in times.items()})
@@ -162,7 +162,7 @@ def main() -> None:
     if flags.cpu_time and flags.threads != [1]:
         parser.error("--cpu-time is for --threads 1: the time of several threads would be added up")
     clock = "cpu" if flags.cpu_time else "wall"
-    keep_freed_memory()
+    spare_memory()
     for threads in flags.threads:
         torch.set_num_threads(threads)
         for line in lines_of(flags, threads):

@@ -32,7 +32,7 @@ from trimtab.data.encode import Example
 from trimtab.models.fused import fused
 from trimtab.ops.lora_linear import SharedInputs, sharing_inputs
 from trimtab.train.loss import causal_loss
-from trimtab.train.machine import keep_few_kernels, keep_freed_memory
+from trimtab.train.machine import spare_memory
 from trimtab.train.packing import packing_for
 
 Step = Callable[[], None]
@@ -90,8 +90,7 @@ def by_trimtab(model: Any, ids: Tensor) -> Step:
 def serve(side: str, flags: argparse.Namespace, wire: Any) -> None:
     """A process of one side: a step and its seconds for every word that comes in."""
     if side == "trimtab":
-        keep_freed_memory()  # as its command line does
-        keep_few_kernels()
+        spare_memory()  # as its command line does
     torch.set_num_threads(flags.threads)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(flags.model, dtype=getattr(torch, flags.dtype))

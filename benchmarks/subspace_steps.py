@@ -26,7 +26,7 @@ from trimtab.subspace.problem import Problem, Protocol, Split
 from trimtab.subspace.projection import PROJECTIONS, Projection, make_projection
 from trimtab.subspace.training import train
 from trimtab.tasks.vision import fully_connected
-from trimtab.train.machine import keep_freed_memory
+from trimtab.train.machine import spare_memory
 
 DIRECT = "all parameters"
 BATCH = 128
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--diagonal", choices=DIAGONALS, default="gaussian")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "subspace_steps.jsonl")
     asked = parser.parse_args()
-    keep_freed_memory()
+    spare_memory()
     torch.set_num_threads(asked.threads)
     problem = made_up(asked.steps)
     sides = {DIRECT: (None, 0), **{name: side(problem, name, asked.d, asked.diagonal) for name in asked.names}}

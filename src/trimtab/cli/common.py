@@ -176,10 +176,9 @@ def load_model(
 
     from trimtab.models.classifier import load_classifier
     from trimtab.models.load import load
-    from trimtab.train.machine import choose, keep_few_kernels, keep_freed_memory
+    from trimtab.train.machine import choose, spare_memory
 
-    keep_freed_memory()
-    keep_few_kernels()
+    spare_memory()
     machine = choose(flags.threads, flags.dtype) if isinstance(flags, ModelFlags) else None
     find_model(flags.model, screen, trust_remote_code=flags.trust_remote_code, kind="classifier" if classes else kind)
     how: dict[str, Any] = {

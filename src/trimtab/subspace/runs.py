@@ -200,10 +200,9 @@ def _start(make: Callable[[], Trainer], threads: int) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     import torch
 
-    from trimtab.train.machine import keep_few_kernels, keep_freed_memory
+    from trimtab.train.machine import spare_memory
 
-    keep_freed_memory()
-    keep_few_kernels()
+    spare_memory()
     torch.set_num_threads(threads)
     _own = make()
 

@@ -76,6 +76,12 @@ def choose(threads: int | None = None, dtype: str = "auto") -> Choice:
     return Choice(best, _dtype(dtype, fast), reason)
 
 
+def spare_memory() -> None:
+    """What the command line asks of its process before the first product: keep freed memory, and few kernels."""
+    keep_freed_memory()
+    keep_few_kernels()
+
+
 def keep_freed_memory() -> None:
     """Ask the C library to keep memory that tensors give back, for the next ones; nothing where it cannot be asked.
 
