@@ -89,14 +89,13 @@ def _without_gradient(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor,
         x = x.to(dtype)
         y = times_transposed(x.reshape(rows, -1), weight, bias).view(*x.shape[:-1], -1)
     if rows == 1 and A.dtype is B.dtype and A.dtype is not dtype and torch.promote_types(A.dtype, dtype) is A.dtype:
-        y.view(-1).add_(torch.mv(B, torch.mv(A, x.reshape(-1).to(A.dtype))), alpha=scale)  # sooner than A and B
-        return y if dtype is own else y.to(own)
-    if A.dtype is not dtype or B.dtype is not dtype:
-        A, B = A.to(dtype), B.to(dtype)
-    if rows == 1:
-        y.view(-1).addmv_(B, torch.mv(A, x.reshape(-1)), alpha=scale)
+        # One row is sooner cast than the factors.
+        y.view(-1).add_(torch.mv(B, torch.mv(A, x.reshape(-1).to(A.dtype))), alpha=scale)
+    elif rows == 1:
+        y.view(-1).addmv_(B.to(dtype), torch.mv(A.to(dtype), x.reshape(-1)), alpha=scale)
     else:
-        y.view(rows, y.size(-1)).addmm_(F.linear(x, A).view(rows, A.size(0)), B.T, alpha=scale)
+        h = F.linear(x, A.to(dtype)).view(rows, A.size(0))
+        y.view(rows, y.size(-1)).addmm_(h, B.to(dtype).T, alpha=scale)
     return y if dtype is own else y.to(own)
 
 
