@@ -400,6 +400,21 @@ def test_in_a_narrow_dtype_twice_its_own_rounding_is_allowed(monkeypatch):
     assert unmerged.allowed == 0
 
 
+@pytest.mark.parametrize(
+    ("off", "allowed"), [(0.01, 0.05), (0.1, 0.2), (5.0, 0.3), (float("inf"), 0.05), (float("nan"), 0.05)]
+)
+def test_no_rounding_allows_more_than_a_leak_would_differ(monkeypatch, off, allowed):
+    import torch
+
+    from trimtab import selftest as module
+    from trimtab.deltas import make_method
+
+    monkeypatch.setattr(module, "rounding", lambda *args: off)
+    monkeypatch.setattr(module, "CHECKS", (module.accumulated, module.merged))
+    gradients, logits = module.selftest(module.tiny_model().to(torch.bfloat16), make_method("lora"))
+    assert (gradients.allowed, logits.allowed) == (allowed, 0.05)
+
+
 def test_the_selftest_fails_when_an_equivalence_is_broken(trimtab, monkeypatch):
     from trimtab.data import batch, pack
     from trimtab.ops.tree import Tree
