@@ -20,7 +20,7 @@ from trimtab.data.labelled import LabelledRow, class_names, hold_out, read_label
 from trimtab.errors import FormatError, TrimtabError, UsageError
 from trimtab.models.classifier import load_classifier
 from trimtab.tasks import make_task
-from trimtab.tasks.classify import classify, encoded, refuse_random, tensors
+from trimtab.tasks.classify import classify, encoded, refuse_random
 from trimtab.tasks.confusion import confusion, f1, interval_of, matthews
 from trimtab.tasks.figures import figures
 from trimtab.tasks.nlu import Classification, class_record
@@ -177,14 +177,17 @@ def test_what_is_too_long_is_cut_counted_and_told(caplog):
         encode_labelled(rows, word_tokenizer(), ("0", "1"), max_length=2)
 
 
-def test_a_split_is_one_set_of_tensors(folder, causal, items):
-    found = tensors(items, load_classifier(str(folder), ("0", "1")), max_length=6)
-    assert {key: tuple(t.shape) for key, t in found.items()} == {
-        **dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), (14, 6)),
-        "labels": (14,),
-    }
-    assert found["labels"].tolist() == [i % 2 for i in range(14)]
-    assert "token_type_ids" not in tensors(items, load_classifier(str(causal), ("0", "1")))
+def test_a_model_is_given_segments_where_it_asks_for_them(folder, causal, items):
+    def padded(where):
+        loaded = load_classifier(str(where), ("0", "1"))
+        return pad_labelled(encoded(items, loaded, 6), loaded.tokenizer.pad_token_id)
+
+    batch = padded(folder)
+    assert {key: tuple(t.shape) for key, t in batch.inputs.items()} == dict.fromkeys(
+        ("input_ids", "attention_mask", "token_type_ids"), (14, 6)
+    )
+    assert batch.targets.tolist() == [i % 2 for i in range(14)]
+    assert "token_type_ids" not in padded(causal).inputs
 
 
 def parameters(where, *args, **options):

@@ -1,4 +1,4 @@
-"""Which class a model gives to each sentence, and the tensors of a split."""
+"""Which class a model gives to each sentence."""
 
 from __future__ import annotations
 
@@ -65,14 +65,6 @@ def encoded(items: Sequence[Sentences], loaded: Classifier, max_length: int) -> 
     """The items as tokens of the model's, of at most max_length, and no more than it reads."""
     room = min(max_length, loaded.max_length)
     return encode_labelled([item.row() for item in items], loaded.tokenizer, loaded.classes, max_length=room)
-
-
-def tensors(items: Sequence[Sentences], loaded: Classifier, *, max_length: int = 128) -> dict[str, Tensor]:
-    """A whole split, padded to its longest row: input_ids, attention_mask, labels, and token_type_ids where the model
-    asks for them. [rows, longest] int64, labels [rows] int64.
-    """
-    batch = pad_labelled(encoded(items, loaded, max_length), loaded.tokenizer.pad_token_id)
-    return {**batch.inputs, "labels": batch.targets}
 
 
 def refuse_random(loaded: Classifier, adapter: Adapter | None) -> None:
