@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,22 @@ def test_the_toy_has_dimension_ten(tmp_path: Path, capsys: pytest.CaptureFixture
     assert run(["measure", "dimension", *TOY, "--grid", "8,9,10,11", "--out", str(tmp_path), "--json"]) == 0
     assert (tmp_path / "runs.jsonl").read_bytes() == before, "nothing is trained twice"
     assert (tmp_path / "report.html").read_text() == page
+
+
+def test_the_runs_that_were_trained_are_counted_and_nobody_knows_how_many_there_will_be(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("trimtab.cli.plain_lines.FIRST_SECONDS", -1.0)
+    monkeypatch.setattr("trimtab.cli.plain_lines.EVERY_SECONDS", 0.0)
+    assert run(["measure", "dimension", *TOY, "--grid", "8,12"]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("training")]
+    paced = [re.sub(r"[\d.]+ (runs/s|s/run)$", "PACE", line) for line in told]
+    assert paced == [
+        "training all parameters: 0 runs",
+        *(f"training all parameters: {n} runs, PACE" for n in (1, 2)),
+        *(f"training d = 8: {n} runs, PACE" for n in (2, 3, 4)),
+        *(f"training d = 12: {n} runs, PACE" for n in (4, 5, 6)),
+    ]
 
 
 @pytest.mark.parametrize(

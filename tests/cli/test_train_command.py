@@ -300,7 +300,11 @@ def test_a_terminal_shows_a_bar_with_rate_and_time_left(process, model, data, tm
     assert re.search(r"training, loss [\d.]+ .* \d+/60 +[\d.]+ (steps/s|s/step) +ETA +\d+:\d\d:\d\d", text)
 
 
-def test_slow_work_is_told_in_seconds_a_step(monkeypatch):
+def drawn_text(screen):
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen._bars.file.getvalue())
+
+
+def test_slow_work_is_told_in_seconds_a_step():
     import io
 
     from rich.console import Console
@@ -315,9 +319,15 @@ def test_slow_work_is_told_in_seconds_a_step(monkeypatch):
         for step in range(1, 4):
             now[0] += 40.0  # longer than rich would remember by itself
             update(step, 10)
-    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen._bars.file.getvalue())
+    text = drawn_text(screen)
     assert "40.0 s/step" in text
     assert "ETA 0:04:40" in text
+    with screen.progress("searching", "runs") as update:
+        update(3, None)
+    text = drawn_text(screen)
+    assert "searching" in text
+    assert "3 runs" in text
+    assert "ETA" not in text.rpartition("searching")[2]
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,20 @@ from rich.text import Text
 
 
 class _Count(bars.MofNCompleteColumn):
-    """3/10; nothing where there is no count."""
+    """3/10; where there is no total 3 runs, and nothing before the first."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
 
     def render(self, task: bars.Task) -> Text:
-        return Text() if task.total is None else super().render(task)
+        if task.total is not None:
+            return super().render(task)
+        return Text(f"{task.completed:,.0f} {self.unit}" if task.completed else "")
 
 
 class _Pace(bars.ProgressColumn):
-    """The rate, or the time one takes when that is over a second; the seconds so far where there is no count."""
+    """The rate, or the time one takes when that is over a second; the seconds so far where there is no total."""
 
     def __init__(self, unit: str) -> None:
         super().__init__()
@@ -34,7 +40,7 @@ class _Pace(bars.ProgressColumn):
 
 
 class _Left(bars.TimeRemainingColumn):
-    """The time left; nothing where there is no count."""
+    """The time left; nothing where there is no total."""
 
     def render(self, task: bars.Task) -> Text:
         return Text() if task.total is None else Text("ETA ") + super().render(task)
@@ -42,8 +48,8 @@ class _Left(bars.TimeRemainingColumn):
 
 @contextmanager
 def drawn(console: Console, what: str, unit: str) -> Iterator[tuple[bars.Progress, bars.TaskID]]:
-    """One bar with its task. It stays when the work was counted, and vanishes at the end when it was not."""
-    columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), _Count(), _Pace(unit), _Left())
+    """One bar with its task. It stays when there was a total, and vanishes at the end when there was none."""
+    columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), _Count(unit), _Pace(unit), _Left())
     # Averaged over minutes: steps may take many seconds, and differ, for batches differ in length.
     with bars.Progress(*columns, console=console, speed_estimate_period=300.0) as bar:
         task = bar.add_task(what, total=None)

@@ -26,9 +26,9 @@ T = TypeVar("T")
 
 
 class Update(Protocol):
-    """How far long work is: `done` of `total`, and a note to stand behind its name."""
+    """How far long work is: `done` of `total`, None where nobody knows, and a note to stand behind its name."""
 
-    def __call__(self, done: float, total: int, note: str = "") -> None: ...
+    def __call__(self, done: float, total: int | None, note: str = "") -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +122,8 @@ class Screen:
     def progress(self, what: str, unit: str = "items") -> Iterator[Update]:
         """Long work drawn on a terminal; elsewhere a plain line now and then, on standard error.
 
-        On a terminal: a bar with rate and time left once `update` has told a count; until then, or for good where
-        there is none, the seconds so far. Not to be nested.
+        On a terminal: a bar with rate and time left once `update` has told a total; until then, or for good where
+        there is none, what is done and the seconds so far. Not to be nested.
         """
         if self.output.quiet:
             yield lambda done, total, note="": None
@@ -135,7 +135,7 @@ class Screen:
 
         with drawn(self._bars, what, unit) as (bar, task):
 
-            def update(done: float, total: int, note: str = "") -> None:
+            def update(done: float, total: int | None, note: str = "") -> None:
                 bar.update(task, completed=done, total=total, description=f"{what}{note}")
 
             self._drawing = True

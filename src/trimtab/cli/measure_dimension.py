@@ -234,14 +234,20 @@ def _measured(flags: DimensionFlags, subject: Subject, plan: Plan, screen: Scree
     workers = flags.workers or cores()
     folder = Path(flags.out) if flags.out is not None else None
     screen.say(f"{subject.title}: {subject.D:,} parameters, {workers} at a time")
-    trained: list[str] = []
     with screen.progress("training", "runs") as update:
+        done, what = 0, ""
 
         def at(text: str) -> None:
-            update(len(trained), max(10, len(trained) + 1), f" {text}")
-            trained.append(text)
+            nonlocal what
+            what = f" {text}"
+            update(done, None, what)
 
-        with closing(Runs(subject.make, subject.about, folder, workers=workers)) as runs:
+        def told(*_: Any) -> None:
+            nonlocal done
+            done += 1
+            update(done, None, what)
+
+        with closing(Runs(subject.make, subject.about, folder, workers=workers, told=told)) as runs:
             if flags.reuse is not None:
                 runs.take(Path(flags.reuse).expanduser())
             return measure(

@@ -21,7 +21,7 @@ class PlainLines:
         self._start: tuple[float, float] | None = None
         self._due = time.monotonic() + FIRST_SECONDS
 
-    def __call__(self, done: float, total: int, note: str = "") -> None:
+    def __call__(self, done: float, total: int | None, note: str = "") -> None:
         """Note that `done` of `total` is reached, and tell it when a line is due."""
         now = time.monotonic()
         if self._start is None:
@@ -30,12 +30,12 @@ class PlainLines:
             return
         self._due = now + EVERY_SECONDS
         seconds, more = now - self._start[0], done - self._start[1]
-        pace = (
-            f", {_pace(more / seconds, self._unit)}, ETA {_clock((total - done) * seconds / more)}"
-            if more > 0 < seconds
-            else ""
-        )
-        self._tell(f"{self._what}{note}: {done:,.0f} of {total:,} {self._unit}{pace}")
+        pace = left = ""
+        if more > 0 < seconds:
+            pace = f", {_pace(more / seconds, self._unit)}"
+            left = f", ETA {_clock((total - done) * seconds / more)}" if total is not None else ""
+        of = f" of {total:,}" if total is not None else ""
+        self._tell(f"{self._what}{note}: {done:,.0f}{of} {self._unit}{pace}{left}")
 
 
 def _pace(rate: float, unit: str) -> str:
