@@ -80,3 +80,72 @@ def test_what_computes_something_else_is_left_alone() -> None:
     with fused(model) as count:
         assert count == 0
         assert type(model[0]) is Squared
+
+
+class Norm(nn.Module):
+    """An RMS norm, of what is left after the mean is taken away if it is centred."""
+
+    def __init__(self, *, scaled: bool = True, centred: bool = False) -> None:
+        super().__init__()
+        self.eps, self.centred = 1e-6, centred
+        if scaled:
+            self.weight = nn.Parameter(torch.rand(8) + 0.5, requires_grad=False)
+
+    def forward(self, x):
+        x = x - x.mean(-1, keepdim=True) if self.centred else x
+        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return y * self.weight if hasattr(self, "weight") else y
+
+
+def test_modules_of_one_class_that_compute_different_things_are_told_apart() -> None:
+    model = nn.ModuleList([Norm(), Norm(centred=True), Norm(scaled=False), Norm()])
+    x = torch.randn(3, 8)
+    plain = [module(x) for module in model]
+    with fused(model) as count:
+        assert count == 2
+        for module, y in zip(model, plain, strict=True):
+            torch.testing.assert_close(module(x), y)
+
+
+class DownFirst(nn.Module):
+    """A gated layer whose children stand in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down_proj, self.up_proj, self.gate_proj = nn.Linear(6, 4), nn.Linear(4, 6), nn.Linear(4, 6)
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def test_the_order_of_the_children_says_nothing() -> None:
+    model = nn.Sequential(DownFirst())
+    x = torch.randn(3, 4)
+    plain = model(x)
+    with fused(model) as count:
+        assert count == 1
+        torch.testing.assert_close(model(x), plain)
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "glm"])
+def test_a_model_that_rotates_a_part_of_a_head_computes_what_it_did(name: str) -> None:
+    model = rotating_a_part(name)
+    adapter = trimtab.attach(model, trimtab.LoRA(rank=2))
+    plain = gradients(model, adapter)
+    with fused(model):
+        ours = gradients(model, adapter)
+    for own, leaner in zip(plain, ours, strict=True):
+        torch.testing.assert_close(leaner, own)
+
+
+def rotating_a_part(name: str) -> nn.Module:
+    import transformers
+
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0}
+    torch.manual_seed(0)
+    if name == "gpt_neox":
+        return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**sizes)).eval()
+    config = transformers.GlmConfig(**sizes, num_key_value_heads=2, head_dim=8, eos_token_id=2)
+    return transformers.GlmForCausalLM(config).eval()

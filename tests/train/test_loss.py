@@ -113,6 +113,45 @@ def test_a_head_put_in_later_is_the_one_that_is_used(llama, examples):
     assert after != pytest.approx(before, rel=1e-2)
 
 
+def _hooked(head):
+    head.register_forward_hook(lambda module, given, out: 3 * out)
+
+
+def _hooked_before(head):
+    head.register_forward_pre_hook(lambda module, given: (3 * given[0],))
+
+
+def _with_a_forward_of_its_own(head):
+    own = head.forward
+    head.forward = lambda x: 3 * own(x)
+
+
+@pytest.mark.parametrize("change", [_hooked, _hooked_before, _with_a_forward_of_its_own])
+def test_what_is_done_to_a_frozen_head_is_in_the_loss(llama, examples, change):
+    found = trimtab.attach(llama, trimtab.LoRA(rank=2), targets=["q_proj"])
+    readout_of(llama)
+    change(llama.lm_head)
+    expected = reference(llama, examples)
+    batch = pad(examples, 0)
+    loss = causal_loss(llama, batch) / batch.supervised_tokens
+    assert loss.item() == pytest.approx(expected.item(), rel=ROUNDING)
+    ours, own = gradient(found, loss), gradient(found, expected)
+    assert (ours - own).norm() < ROUNDING * own.norm()
+
+
+def test_logits_a_little_off_are_not_taken_for_the_heads(llama, caplog):
+    own = llama.forward
+
+    def forward(*given, **named):
+        out = own(*given, **named)
+        out.logits = 1.008 * out.logits
+        return out
+
+    llama.forward = forward
+    assert readout_of(llama) is None
+    assert "its logits are not its head's" in caplog.text
+
+
 def test_a_batch_without_targets_has_loss_zero_and_gradients_of_zero(adapter):
     silent = pad([Example([1, 2, 3], [True, False, False], 1, 0, False)], 0)
     loss = causal_loss(adapter.model, silent)

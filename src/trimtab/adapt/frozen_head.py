@@ -31,6 +31,13 @@ def release_head(model: nn.Module) -> None:
             del hooks[key]
 
 
+def is_plain(head: nn.Module) -> bool:
+    """Whether the head computes what its class does: no forward of its own, and no hooks but `even_rows_for_head`'s."""
+    kinds = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
+    hooks = [hook for kind in kinds for hook in getattr(head, kind).values()]
+    return "forward" not in vars(head) and all(hook is _even_rows for hook in hooks)
+
+
 def _even_rows(head: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
     x: Any = given[0] if given else None
     if x is None or x.dim() != 3 or x.stride(0) == x.stride(1) * x.shape[1]:

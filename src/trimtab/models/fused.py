@@ -29,6 +29,8 @@ GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
 """The children of a gated feed-forward layer, as transformers' models name them."""
 EPSILONS = ("variance_epsilon", "eps")
 """What transformers' models call the ε of a norm."""
+PLAIN = (bool, int, float, str)
+"""Types of attributes that are alike where they are equal."""
 ROTARY = "apply_rotary_pos_emb"
 """The function by which transformers' models rotate queries and keys."""
 
@@ -84,10 +86,19 @@ class WideLinear:
         return frozen_linear(x, own.weight, own.bias)
 
 
-def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-    """Queries and keys rotated, as transformers' function of the signature does."""
-    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-    return rotate(q, cos, sin), rotate(k, cos, sin)
+class Rotary:
+    """Queries and keys rotated as `own` does, a function of transformers' with this signature that turns whole heads by
+    halves. What it does with an angle for a part of a head is left to itself."""
+
+    def __init__(self, own: Any) -> None:
+        self.own = own
+
+    def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+        if not cos.shape[-1] == q.shape[-1] == k.shape[-1]:
+            turned: tuple[Tensor, Tensor] = self.own(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+            return turned
+        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        return rotate(q, cos, sin), rotate(k, cos, sin)
 
 
 @contextmanager
@@ -105,8 +116,8 @@ def fused(model: nn.Module) -> Iterator[int]:
         dtype = next((p.dtype for p in model.parameters()), torch.float32)
         for name in {original_class(module).__module__ for module in model.modules()}:
             own = getattr(sys.modules.get(name), ROTARY, None)
-            if own is not None and own is not rotary and _rotates_by_halves(own, dtype):
-                setattr(sys.modules[name], ROTARY, rotary)
+            if own is not None and not isinstance(own, Rotary) and _rotates_by_halves(own, dtype):
+                setattr(sys.modules[name], ROTARY, Rotary(own))
                 replaced.append((sys.modules[name], own))
         yield len(changed)
     finally:
@@ -117,20 +128,30 @@ def fused(model: nn.Module) -> Iterator[int]:
 
 
 def _form_of(module: nn.Module, verdicts: dict[Any, type | None]) -> type | None:
-    """The mixin that computes what the module computes; None if there is none. Asked once for each class."""
+    """The mixin that computes what the module computes; None if there is none. Tried once for all of one `_kind`."""
     if isinstance(module, GatedLayer | RMSNormLayer | WideLinear):
         return None
     if type(module) is nn.Linear and product_dtype(module.weight) != module.weight.dtype:
         return WideLinear
-    forms: tuple[type, ...] = ()
-    kind: Any = type(module)
+    forms: tuple[type, ...]
     if _looks_gated(module):
-        forms, kind = (SwiGLULayer, GatedLayer), (kind, original_class(cast("nn.Module", module.act_fn)))
+        act = cast("nn.Module", module.act_fn)
+        forms, weight, kind = (SwiGLULayer, GatedLayer), cast("Any", module.gate_proj).weight, _kind(act)
     elif _looks_like_a_norm(module):
-        forms = (RMSNormLayer, RMSNormLayerFromOne)
-    if forms and kind not in verdicts:
-        verdicts[kind] = next((form for form in forms if _computes(module, form)), None)
-    return verdicts.get(kind)
+        forms, weight, kind = (RMSNormLayer, RMSNormLayerFromOne), module.weight, ()
+    else:
+        return None
+    kind = (*_kind(module), *kind)
+    if kind not in verdicts:
+        verdicts[kind] = next((form for form in forms if _computes(module, form, cast("Tensor", weight))), None)
+    return verdicts[kind]
+
+
+def _kind(module: nn.Module) -> tuple[Any, ...]:
+    """What tells modules apart that compute differently: class, and attributes that are no modules or parameters."""
+    own = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
+    told = ((name, value if isinstance(value, PLAIN) else id(value)) for name, value in own.items())
+    return original_class(module), *told
 
 
 def _looks_gated(module: nn.Module) -> bool:
@@ -156,8 +177,8 @@ def _epsilon(module: nn.Module) -> float:
 
 
 @torch.no_grad()
-def _computes(module: nn.Module, form: type) -> bool:
-    like = next(module.parameters())
+def _computes(module: nn.Module, form: type, like: Tensor) -> bool:
+    """Whether the form gives what the module does. like: the weight that reads its input, [..., width]."""
     draw = torch.Generator().manual_seed(0)
     # Of three sizes, so that an ε shows.
     x = (torch.randn(3, like.shape[-1], generator=draw) * torch.tensor([[1.0], [1e-1], [1e-3]])).to(like)
@@ -176,12 +197,13 @@ def _computes(module: nn.Module, form: type) -> bool:
 
 @torch.no_grad()
 def _rotates_by_halves(own: Any, dtype: torch.dtype) -> bool:
-    if list(inspect.signature(own).parameters) != list(inspect.signature(rotary).parameters):
+    ours = Rotary(own)
+    if list(inspect.signature(own).parameters) != list(inspect.signature(ours).parameters):
         return False
     draw = torch.Generator().manual_seed(0)
     shapes = (1, 4, 3, 8), (1, 2, 3, 8), (1, 3, 8), (1, 3, 8)
     q, k, cos, sin = (torch.randn(shape, generator=draw).to(dtype) for shape in shapes)
-    return all(_same(a, b) for a, b in zip(own(q, k, cos, sin), rotary(q, k, cos, sin), strict=True))
+    return all(_same(a, b) for a, b in zip(own(q, k, cos, sin), ours(q, k, cos, sin), strict=True))
 
 
 def _same(own: Any, ours: Tensor) -> bool:

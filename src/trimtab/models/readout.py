@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from trimtab.adapt.frozen_head import is_plain
 from trimtab.adapt.module import Adapted, modes_kept
 from trimtab.adapt.prompts import Prompted
 from trimtab.adapt.select import output_head
@@ -23,6 +24,7 @@ from trimtab.deltas.layout import original_class
 from trimtab.errors import ran_out_of_memory
 from trimtab.models.last_layer import FEW, at_positions, last_feed_forward, recomputes
 from trimtab.ops.cross_entropy import head_cross_entropy, linear_cross_entropy, nats, token_nats
+from trimtab.ops.precision import autocasts
 
 log = logging.getLogger("trimtab")
 
@@ -71,7 +73,8 @@ class Readout:
         adapted = isinstance(self.head, Adapted) and self.head._active
         if adapted and _shares(self.head):
             return (nats(self.logits(hidden), targets) * weights).sum()
-        if adapted or weight.requires_grad or (bias is not None and bias.requires_grad):
+        trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+        if adapted or trains or not is_plain(self.head):
             return head_cross_entropy(hidden, targets, weights, self.logits, weight.shape[0], trained)
         return linear_cross_entropy(hidden, targets, weights, weight, bias, scale=self.scale, soft_cap=self.soft_cap)
 
@@ -134,7 +137,7 @@ def _difference(model: nn.Module, readout: Readout) -> str | None:
             if ran_out_of_memory(error):
                 raise
             return f"its backbone cannot be asked alone ({error})"
-    if own.shape == ours.shape and (own - ours).norm() <= 1e-2 * own.norm():
+    if own.shape == ours.shape and _same(own, ours, model):
         return None
     return "its logits are not its head's"
 
@@ -152,4 +155,13 @@ def _last_by_position(model: nn.Module, readout: Readout) -> bool:
             if ran_out_of_memory(error):
                 raise
             return False
-    return bool((whole - alone).norm() <= 1e-2 * whole.norm())
+    return _same(whole, alone, model)
+
+
+def _same(own: Tensor, ours: Tensor, model: nn.Module) -> bool:
+    """Whether two results of the model differ by its rounding at most."""
+    if autocasts(own.device):
+        allowed = 1e-2
+    else:
+        allowed = min(1e-2, 1e3 * max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()))
+    return bool((own - ours).norm() <= allowed * own.norm())
