@@ -30,7 +30,6 @@ from transformers import AutoModelForCausalLM
 import trimtab
 from trimtab.data.encode import Example
 from trimtab.models.fused import fused
-from trimtab.ops.lora_linear import SharedInputs, sharing_inputs
 from trimtab.train.loss import causal_loss
 from trimtab.train.machine import spare_memory
 from trimtab.train.packing import packing_for
@@ -76,10 +75,10 @@ def by_trimtab(model: Any, ids: Tensor) -> Step:
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=2e-4, fused=True)
     examples = [Example(row.tolist(), [True] * len(row), i, 0, False) for i, row in enumerate(ids)]
     packing = packing_for(adapter, "auto", examples)
-    batch, shared = packing.build(examples, 0), SharedInputs()
+    batch = packing.build(examples, 0)
 
     def step() -> None:
-        with fused(model), packing.on(model), sharing_inputs(shared):
+        with fused(model), packing.on(model):
             (causal_loss(model, batch) / batch.supervised_tokens).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Sequence
-
 import pytest
 import torch
 import torch.nn.functional as F
 from counting import saved_bytes
 from torch import Tensor
 
-from trimtab.ops import lora_linear as module
 from trimtab.ops.gated import gated
-from trimtab.ops.lora_linear import Projection, SharedInputs, lora_linear, lora_linears, sharing_inputs
+from trimtab.ops.lora_linear import lora_linear
 
 
 def drawn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -213,90 +209,3 @@ def test_dropout_drops_its_share_keeps_the_mean_and_differs_from_call_to_call() 
     assert set(first.unique().tolist()) == {0.0, 1 / 0.75}
     assert abs((first == 0).double().mean() - 0.25) < 0.01  # 60,000 draws: standard deviation 0.0018
     assert not torch.equal(first, second)
-
-
-def projections(count: int = 3) -> list[Projection]:
-    return [
-        Projection(
-            drawn(5 + i, 6, seed=10 + i),
-            drawn(5 + i, seed=20 + i) if i % 2 else None,
-            drawn(2 + i, 6, seed=30 + i).requires_grad_(),
-            drawn(5 + i, 2 + i, seed=40 + i).requires_grad_(),
-            0.5 + i,
-        )
-        for i in range(count)
-    ]
-
-
-@pytest.mark.parametrize("reached", [(0, 1, 2), (1,), (0, 2)])
-@pytest.mark.parametrize("frozen", [(), (0,), (0, 1, 2)])
-def test_projections_together_are_what_each_is_alone(reached: tuple[int, ...], frozen: tuple[int, ...]) -> None:
-    results = []
-    for together in (True, False):
-        x, parts = drawn(4, 6).requires_grad_(), projections()
-        for i in frozen:
-            parts[i].A.requires_grad_(False)
-        made = lora_linears(x, parts) if together else [lora_linear(x, *part) for part in parts]
-        loss = sum(made[i].square().sum() for i in reached)
-        inputs = [x, *(t for i in reached for t in (parts[i].A, parts[i].B) if t.requires_grad)]
-        results.append([y.detach() for y in made] + list(torch.autograd.grad(loss, inputs)))
-    for ours, alone in zip(*results, strict=True):
-        torch.testing.assert_close(ours, alone, rtol=1e-12, atol=1e-12)
-
-
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Notes how many projections each call makes."""
-    sizes, own = [], module.lora_linears
-
-    def noting(x: Tensor, parts: Sequence[Projection], dropout: float = 0.0) -> tuple[Tensor, ...]:
-        sizes.append(len(parts))
-        return own(x, parts, dropout)
-
-    monkeypatch.setattr(module, "lora_linears", noting)
-    return sizes
-
-
-def test_projections_of_one_input_are_made_together_from_the_second_pass_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes, shared, parts, results = counted(monkeypatch), SharedInputs(), projections(4), []
-    for _ in range(3):
-        with sharing_inputs(shared):
-            x, other = drawn(4, 6).requires_grad_(), drawn(4, 6, seed=5)
-            results.append([lora_linear(x, *part).detach() for part in parts[:3]] + [lora_linear(other, *parts[3])])
-    assert sizes == [1, 1, 1, 1] + 2 * [3, 1]
-    for found in results[1:]:
-        for ours, first in zip(found, results[0], strict=True):
-            torch.testing.assert_close(ours, first, rtol=1e-12, atol=1e-12)
-
-
-def test_a_projection_of_another_input_is_made_from_that_input() -> None:
-    shared, parts = SharedInputs(), projections()
-    with sharing_inputs(shared):
-        x = drawn(4, 6)
-        _ = [lora_linear(x, *part) for part in parts]
-    with sharing_inputs(shared):
-        x, other = drawn(4, 6), drawn(4, 6, seed=5)
-        lora_linear(x, *parts[0])
-        torch.testing.assert_close(lora_linear(other, *parts[1]), lora_linears(other, parts)[1])
-        changed = parts[2]._replace(weight=parts[2].weight + 1.0)
-        torch.testing.assert_close(lora_linear(x, *changed), lora_linears(x, [changed])[0])
-
-
-def test_an_input_that_was_written_over_is_another() -> None:
-    shared, parts = SharedInputs(), projections()
-    for _ in range(2):
-        with sharing_inputs(shared), torch.no_grad():
-            x = drawn(4, 6)
-            lora_linear(x, *parts[0])
-            x.mul_(2.0)
-            torch.testing.assert_close(lora_linear(x, *parts[1]), lora_linears(x, parts)[1])
-
-
-def test_factors_made_for_one_pass_are_let_go_with_it() -> None:
-    shared, (own, *_) = SharedInputs(), projections()
-    with sharing_inputs(shared):
-        made = own.A * 1.0
-        seen = weakref.ref(made)
-        lora_linear(drawn(4, 6), *own._replace(A=made)).sum().backward()
-        del made
-    assert seen() is None
-    assert own.A.grad is not None

@@ -21,12 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.adapt.adapter import Adapter, state_of
-from trimtab.adapt.module import modes_kept
 from trimtab.data.batch import Batch, pad
 from trimtab.data.encode import Example
 from trimtab.errors import UsageError, problems_to_error
 from trimtab.models.fused import fused
-from trimtab.ops.lora_linear import SharedInputs, sharing_inputs
 from trimtab.train.checkpoint import (
     Progress,
     clear_partial,
@@ -149,7 +147,7 @@ def fit(
     parameters, optimizer = adapter.parameters(), _optimizer(adapter, plan.base_lr, settings)
     identity = run_identity(adapter, settings, examples, eval_examples)
 
-    with _set_up(model, settings, packing, loss, examples[0]) as shared, between_steps(out is not None) as wish:
+    with _set_up(model, settings, packing), between_steps(out is not None) as wish:
         progress = _resumed(out, adapter, optimizer, identity) if resume else Progress()
         adapter.prepare(plan.steps)
         good, eval_loss, clock = LastGood(adapter, progress.step), progress.eval_loss, Clock(progress.seconds)
@@ -162,7 +160,7 @@ def fit(
                 parts = micro_batches(examples, chosen, settings, packing, pad_id)
                 supervised = sum(batch.supervised_tokens for batch in parts)
 
-                total = _backward(adapter, parts, supervised, loss, shared)
+                total = _backward(adapter, parts, supervised, loss)
                 step_loss, norm = _clipped(parameters, total, settings)
                 if not math.isfinite(step_loss + norm):
                     raise good.error(not_finite(step, step_loss, norm, [examples[i].row for i in chosen]), out)
@@ -195,26 +193,13 @@ def fit(
 
 
 @contextmanager
-def _set_up(
-    model: nn.Module, settings: Settings, packing: Packing, loss: Loss, example: Example
-) -> Iterator[SharedInputs]:
-    """The model as training needs it: its mode, leaner layers, attention that takes the batches.
-
-    Gives what its projections share, learned on the first tokens of an example; nothing with a loss of one's own,
-    which is called for training steps alone.
-    """
+def _set_up(model: nn.Module, settings: Settings, packing: Packing) -> Iterator[None]:
+    """The model as training needs it: its mode, leaner layers, attention that takes the batches."""
     with training_mode(model, settings), fused(model), packing.on(model), memory_advice(settings):
-        shared = SharedInputs()
-        with sharing_inputs(shared):
-            if loss is causal_loss:
-                few = dataclasses.replace(example, input_ids=example.input_ids[:8], supervised=example.supervised[:8])
-                with torch.no_grad(), modes_kept(model):
-                    model.eval()
-                    loss(model, packing.build([few], 0).to(next(model.parameters()).device))
-        yield shared
+        yield
 
 
-def _backward(adapter: Adapter, parts: Sequence[Batch], supervised: int, loss: Loss, shared: SharedInputs) -> Tensor:
+def _backward(adapter: Adapter, parts: Sequence[Batch], supervised: int, loss: Loss) -> Tensor:
     """Add up the gradients of a step's batches. Returns its loss, the mean over its supervised tokens.
 
     What the method adds to the loss has its gradient taken too, and is not part of what is returned.
@@ -223,9 +208,8 @@ def _backward(adapter: Adapter, parts: Sequence[Batch], supervised: int, loss: L
     device = next(model.parameters()).device
     losses = []
     for batch in parts:
-        with sharing_inputs(shared):
-            part = loss(model, batch.to(device)) / supervised
-            part.backward()  # type: ignore[no-untyped-call]
+        part = loss(model, batch.to(device)) / supervised
+        part.backward()  # type: ignore[no-untyped-call]
         losses.append(part.detach())
     penalty = adapter.penalty()
     if penalty is not None:
