@@ -22,6 +22,7 @@ from trimtab.data.batch import pad
 from trimtab.data.encode import Example
 from trimtab.deltas.delta import Delta
 from trimtab.deltas.method import Method
+from trimtab.models.fused import fused
 from trimtab.ops.products import NARROW
 from trimtab.train.loop import fit
 from trimtab.train.loss import causal_loss
@@ -204,6 +205,15 @@ def fast(model: nn.Module, method: Method, examples: list[Example], folder: Path
         return _relative(own, _gradient(adapter, examples, whole)), False
 
 
+def leaner(model: nn.Module, method: Method, examples: list[Example], folder: Path) -> Outcome:
+    """Leaner layers equal the model's own: the gradient with the norms and rotations of training, and without."""
+    whole = Settings(batch_size=len(examples), packing="pad")
+    with _trained(model, method) as adapter:
+        own = _gradient(adapter, examples, whole)
+        with fused(model):
+            return _relative(_gradient(adapter, examples, whole), own), False
+
+
 def alone(model: nn.Module, method: Method, examples: list[Example], folder: Path) -> Outcome:
     """Padded equals alone: the gradient of one batch and of examples one by one."""
     whole = Settings(batch_size=len(examples), packing="pad")
@@ -315,6 +325,20 @@ def routed(model: nn.Module, method: Method, examples: list[Example], folder: Pa
         return _relative(together[:2].double(), torch.cat([own, base]).double()), False
 
 
-CHECKS = (packed, shared, alone, without_logits, fast, accumulated, resumed, seeded, merged, unmerged, loaded, routed)
+CHECKS = (
+    packed,
+    shared,
+    alone,
+    without_logits,
+    fast,
+    leaner,
+    accumulated,
+    resumed,
+    seeded,
+    merged,
+    unmerged,
+    loaded,
+    routed,
+)
 OF_LOGITS = (merged, routed)
 """The checks that compare logits; the others that allow anything compare gradients."""

@@ -429,7 +429,7 @@ def test_the_selftest_fails_when_an_equivalence_is_broken(trimtab, monkeypatch):
     done = trimtab("selftest", "--json")
     assert done.code == 1
     assert done.json["passed"] is False
-    assert "1 of 12 checks failed: Packed equals unpacked" in done.err
+    assert "1 of 13 checks failed: Packed equals unpacked" in done.err
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def test_the_order_of_the_children_says_nothing() -> None:
         torch.testing.assert_close(model(x), plain)
 
 
-@pytest.mark.parametrize("name", ["gpt_neox", "glm"])
+@pytest.mark.parametrize("name", ["gpt_neox", "glm", "gpt_oss"])
 def test_a_model_that_rotates_a_part_of_a_head_computes_what_it_did(name: str) -> None:
     model = rotating_a_part(name)
     adapter = trimtab.attach(model, trimtab.LoRA(rank=2))
@@ -147,5 +147,9 @@ def rotating_a_part(name: str) -> nn.Module:
     torch.manual_seed(0)
     if name == "gpt_neox":
         return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**sizes)).eval()
-    config = transformers.GlmConfig(**sizes, num_key_value_heads=2, head_dim=8, eos_token_id=2)
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "eos_token_id": 2}
+    if name == "gpt_oss":  # angles for half a head, and another function of them
+        experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
+        return transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes, **experts)).eval()
+    config = transformers.GlmConfig(**sizes)
     return transformers.GlmForCausalLM(config).eval()

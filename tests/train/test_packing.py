@@ -12,10 +12,10 @@ from tiny_training import VOCABULARY, make_examples, make_llama
 from trimtab.data.encode import Example
 from trimtab.data.pack import pack, pack_shared
 from trimtab.errors import UsageError
-from trimtab.models.attention import attending_by_tree, seeing, why_no_tree
+from trimtab.models.attention import NAME, attending_by_tree, seeing, why_no_tree
 from trimtab.ops import products
 from trimtab.train.loss import causal_loss
-from trimtab.train.packing import PAD, leaks, packing_for
+from trimtab.train.packing import PAD, dropout_of, leaks, packing_for
 from trimtab.train.plan import micro_batches
 from trimtab.train.settings import Settings
 
@@ -43,6 +43,9 @@ def made(name: str, **options):
         "mistral": (t.MistralForCausalLM, t.MistralConfig, {"num_key_value_heads": 2, "sliding_window": 5}),
         "bloom": (t.BloomForCausalLM, t.BloomConfig, {"hidden_dropout": 0.0, "attention_dropout": 0.0}),
         "mamba": (t.MambaForCausalLM, t.MambaConfig, {}),
+        "rwkv": (t.RwkvForCausalLM, t.RwkvConfig, {"attention_hidden_size": 16}),
+        "doge": (t.DogeForCausalLM, t.DogeConfig, {"num_key_value_heads": 2, "keep_window_size": 8}),
+        "opt": (t.OPTForCausalLM, t.OPTConfig, {"ffn_dim": 32, "word_embed_proj_dim": 16}),
     }
     cls, config, own = kinds[name]
     torch.manual_seed(0)
@@ -255,6 +258,46 @@ def test_a_model_attending_by_tree_still_takes_padded_batches() -> None:
 
 def test_models_that_cannot_tell_packed_examples_apart_are_known() -> None:
     assert [leaks(made(name)) for name in ("llama", "gpt2", "bloom")] == [False, False, True]
+
+
+def test_a_model_that_can_only_up_to_a_length_is_known_by_the_longest_example() -> None:
+    model = made("doge")
+    assert [leaks(model, longest) for longest in (4, 24)] == [False, True]
+
+
+@pytest.mark.parametrize("name", ["rwkv", "mamba"])
+def test_a_recurrent_model_in_padded_batches_computes_each_example_as_alone(name: str) -> None:
+    model, examples = made(name), make_examples()
+    with torch.no_grad():
+        together = causal_loss(model, PAD.build(examples, 0)).item()
+        alone = sum(causal_loss(model, PAD.build([example], 0)).item() for example in examples)
+    assert together == pytest.approx(alone, rel=1e-5)
+
+
+def test_dropout_that_no_module_holds_is_seen() -> None:
+    adapter = trimtab.attach(made("opt"), trimtab.LoRA(rank=2))
+    assert dropout_of(adapter) == 0.1
+    assert "dropout 0.1" in packing_for(adapter, "auto", make_examples()).reason
+
+
+def test_the_attention_of_every_part_of_a_model_is_put_back() -> None:
+    import transformers as t
+
+    text = t.LlamaConfig(**{**SIZES, "num_key_value_heads": 2})
+    vision = t.CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+    )
+    kinds = {"text_config": "sdpa", "vision_config": "eager"}
+    config = t.LlavaConfig(text_config=text, vision_config=vision, image_token_index=5)
+    model = t.LlavaForConditionalGeneration._from_config(config, attn_implementation=kinds)
+    with attending_by_tree(model):
+        assert model.config.text_config._attn_implementation == NAME
+    assert {key: getattr(model.config, key)._attn_implementation for key in kinds} == kinds
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])

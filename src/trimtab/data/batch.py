@@ -69,7 +69,7 @@ class Batch:
 
 
 def pad(examples: Sequence[Example], pad_id: int) -> Batch:
-    """`examples` as rows of one batch, padded on the left, so that the answers line up at the right end.
+    """`examples` as rows of one batch, padded on the right: no token of a causal model sees what follows it.
 
     Tensors are [len(examples), longest]. Raises UsageError without examples.
     """
@@ -80,11 +80,11 @@ def pad(examples: Sequence[Example], pad_id: int) -> Batch:
     places = []
     for row, example in enumerate(examples):
         real = len(example.input_ids)
-        left = length - real
-        ids.append([pad_id] * left + example.input_ids)
-        mask.append([0] * left + [1] * real)
-        positions.append([0] * left + list(range(real)))
-        places.append(range(row * length + left, (row + 1) * length))
+        rest = length - real
+        ids.append(example.input_ids + [pad_id] * rest)
+        mask.append([1] * real + [0] * rest)
+        positions.append([*range(real), *[0] * rest])
+        places.append(range(row * length, row * length + real))
         add_terms(terms, example, places[-1])
     return Batch(
         torch.tensor(ids),

@@ -34,7 +34,10 @@ _tree: ContextVar[Tree | None] = ContextVar("tree", default=None)
 def attending_by_tree(model: Any) -> Iterator[None]:
     """Within the block the model's attention takes trees; backward passes belong into it too."""
     _register()
-    before = model.config._attn_implementation
+    config = model.config
+    parts = {key: getattr(config, key, None) for key in config.sub_configs}
+    before = {"": config, **{key: part for key, part in parts.items() if part is not None}}
+    before = {key: part._attn_implementation for key, part in before.items()}
     model.set_attn_implementation(NAME)
     try:
         yield

@@ -104,8 +104,9 @@ class _LoRALinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scale, dropout, seed, keeps_x, recipe, shape = ctx.rest
-        *parts, weight, _, A, B = ctx.saved_tensors if recipe else ctx.saved_tensors[:-1]
-        kept = recipe.made(*parts) if recipe else ctx.saved_tensors[-1]  # x, or x Aᵀ
+        saved = ctx.saved_tensors
+        *parts, weight, _, A, B = saved if recipe else saved[:-1]
+        kept = recipe.made(*parts) if recipe else saved[-1]  # x, or x Aᵀ
         kept, own = kept.reshape(-1, kept.shape[-1]), kept.dtype
         dtype = product_dtype(kept, len(kept))
         kept, a = kept.to(dtype), A.to(dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from trimtab.data.batch import Batch, pad
 from trimtab.data.encode import Example
 from trimtab.data.pack import pack, pack_shared
 from trimtab.deltas.layout import original_class
-from trimtab.errors import UsageError
+from trimtab.errors import UsageError, ran_out_of_memory
 from trimtab.models.attention import attending_by_tree, why_no_tree
 from trimtab.train.loss import Loss, causal_loss
 
@@ -85,12 +85,13 @@ def packing_of(
         if wanted != "auto":
             raise UsageError(f"packing '{wanted}' has no place for a soft prompt before each example: take 'pad'")
         return dataclasses.replace(PAD, reason="a soft prompt stands before each row")
-    why = why_no_tree(model, max((len(example.input_ids) for example in examples), default=0))
+    longest = max((len(example.input_ids) for example in examples), default=0)
+    why = why_no_tree(model, longest)
     if why is None:
         return _by_tree(wanted, dropout)
     if wanted == "tree":
         raise UsageError(f"packing 'tree' would not be exact: {why}; packing 'auto' takes what is")
-    leak = leaks(model)
+    leak = leaks(model, longest)
     if leak and wanted == "pack":
         raise UsageError(
             f"{original_class(model).__name__} cannot tell packed examples apart, so that each would see the one "
@@ -117,19 +118,36 @@ def dropout_of(adapter: Adapter) -> float:
     config = model.config.get_text_config() if hasattr(model, "config") else None
     own = [getattr(delta.method, "dropout", 0.0) for delta in adapter.deltas.values()]
     layers = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
-    return max([0.0, *own, *layers, float(getattr(config, "attention_dropout", None) or 0.0)])
+    # What a module's forward hands to functional dropout, or leaves whole layers out by: its attributes say how much.
+    named = [float(v) for m in model.modules() for k, v in vars(m).items() if "drop" in k and isinstance(v, float)]
+    return max([0.0, *own, *layers, *named, float(getattr(config, "attention_dropout", None) or 0.0)])
 
 
 @torch.no_grad()
-def leaks(model: nn.Module) -> bool:
-    """Whether an example in a packed row sees the one before it: not every model can tell them apart."""
-    device = next(model.parameters()).device
+def leaks(model: nn.Module, longest: int = 4) -> bool:
+    """Whether an example in a packed row sees the one before it, or less of itself than alone: not every model can tell
+    them apart.
+
+    longest: tokens of the longest example. Some models can up to so many tokens, and not beyond.
+    """
+    device, embeddings = next(model.parameters()).device, cast("Any", model).get_input_embeddings()
+    length, drawn = max(longest, 4), torch.Generator().manual_seed(0)
+    *before, last = torch.randint(1, len(embeddings.weight), (3, length), generator=drawn).tolist()
     outputs = []
     with modes_kept(model):
         model.eval()
-        for first in ([1, 4, 1, 5], [2, 6, 5, 3]):
-            examples = [Example(ids, [True] * 4, 1, 0, False) for ids in (first, [5, 3, 6, 2])]
+        alone = model(input_ids=torch.tensor([last], device=device), use_cache=False).logits[:, :-1].float()
+        for first in before:
+            examples = [Example(ids, [True] * length, 1, 0, False) for ids in (first, last)]
             batch = pack(examples).to(device)
-            logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
-            outputs.append(logits[:, len(first) - 1 :].float())  # a last token is not read
-    return bool((outputs[0] - outputs[1]).abs().max() > LEAK * outputs[0].abs().max())
+            try:
+                logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+            except (IndexError, RuntimeError) as error:
+                if ran_out_of_memory(error):
+                    raise
+                return True  # it counts positions of its own, and has none left for the second example
+            outputs.append(logits[:, length - 1 :].float())  # a last token is not read
+    narrow = torch.finfo(embeddings.weight.dtype).eps > torch.finfo(torch.float32).eps
+    rounding = 0.1 if narrow else 1e-3  # of a row of another length; what is missing is more
+    seen = (outputs[0] - outputs[1]).abs().max() > LEAK * alone.abs().max()
+    return bool(seen or (outputs[0] - alone).norm() > rounding * alone.norm())
