@@ -432,6 +432,19 @@ def test_the_selftest_fails_when_an_equivalence_is_broken(trimtab, monkeypatch):
     assert "1 of 13 checks failed: Packed equals unpacked" in done.err
 
 
+@pytest.mark.parametrize("wrong", ["_RMSNorm", "_Rotate", "_Gated"])
+def test_the_selftest_fails_when_a_leaner_layer_has_a_wrong_gradient(trimtab, monkeypatch, wrong):
+    from trimtab.ops import gated, rms_norm, rotary
+
+    function = next(getattr(m, wrong) for m in (rms_norm, rotary, gated) if hasattr(m, wrong))
+    own = function.backward
+    doubled = staticmethod(lambda ctx, *grads: tuple(g if g is None else 2 * g for g in own(ctx, *grads)))
+    monkeypatch.setattr(function, "backward", doubled)
+    done = trimtab("selftest", "--json")
+    assert done.code == 1
+    assert "1 of 13 checks failed: Leaner layers equal the model's own" in done.err
+
+
 @pytest.mark.parametrize(
     ("what", "words"),
     [
@@ -489,7 +502,7 @@ def test_merging_on_a_terminal_shows_that_it_goes_on(terminal, model, adapters, 
 
 def test_the_selftest_on_a_terminal_counts_its_checks(terminal):
     drawn = terminal("selftest")
-    assert re.search(r"checking .* 12/12 +[\d.]+ (checks/s|s/check)", drawn)
+    assert re.search(r"checking .* 13/13 +[\d.]+ (checks/s|s/check)", drawn)
     # The lines of the checks stand above the bar, whole.
     assert len(re.findall(r"\rok   \w[^\r\n]*\)\s*\n", drawn)) == 12
 
