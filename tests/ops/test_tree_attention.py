@@ -210,12 +210,25 @@ def test_flex_attention_computes_the_same(parents: list[int]) -> None:
     torch.testing.assert_close(module._flex(q, k, v, tree, 0.3), tree_attention(q, k, v, tree, scale=0.3))
 
 
+def capped(q: Tensor, k: Tensor, v: Tensor, tree: Tree, cap: float) -> Tensor:
+    scores = cap * torch.tanh(q @ k.repeat_interleave(2, 0).transpose(1, 2) * 8**-0.5 / cap)
+    return scores.masked_fill(~tree.mask(), -torch.inf).softmax(-1) @ v.repeat_interleave(2, 0)
+
+
 def test_a_soft_cap_bounds_the_scores() -> None:
     tree = Tree.of(ends([-1, 0, 1, 1, 3, -1, 5]))
     q, k, v = inputs(7)
-    scores = 0.5 * torch.tanh(q @ k.repeat_interleave(2, 0).transpose(1, 2) * 8**-0.5 / 0.5)
-    wanted = scores.masked_fill(~tree.mask(), -torch.inf).softmax(-1) @ v.repeat_interleave(2, 0)
-    torch.testing.assert_close(tree_attention(q, k, v, tree, soft_cap=0.5), wanted)
+    torch.testing.assert_close(tree_attention(q, k, v, tree, soft_cap=0.5), capped(q, k, v, tree, 0.5))
+    assert torch.autograd.gradcheck(lambda q, k, v: tree_attention(q, k, v, tree, soft_cap=0.5), (q, k, v))
+
+
+def test_a_soft_cap_and_values_of_another_width_keep_no_mask(path_taken: str) -> None:
+    tree = Tree.of([400] * 400)
+    q, k, v = (t.float().detach().requires_grad_() for t in inputs(400))
+    wide = torch.cat([v, v], -1).detach().requires_grad_()
+    sizes = [t.numel() * t.element_size() for t in (q, k, v)]
+    assert saved_bytes(lambda: tree_attention(q, k, v, tree, soft_cap=0.5)) <= sum(sizes)
+    assert saved_bytes(lambda: tree_attention(q, k, wide, tree)) <= sum(sizes) + sizes[2] + 2 * sizes[0]
 
 
 def test_dropout_changes_what_is_attended_to() -> None:
@@ -229,3 +242,4 @@ def test_values_of_another_width_are_served() -> None:
     q, k, v = inputs(7)
     v = torch.cat([v, v[..., :3]], -1)
     torch.testing.assert_close(tree_attention(q, k, v, tree), masked(q, k, v, tree.mask(), 8**-0.5))
+    assert torch.autograd.gradcheck(lambda q, k, v: tree_attention(q, k, v, tree), (q, k, v.detach().requires_grad_()))

@@ -58,16 +58,17 @@ def tree_attention(
     assert key.shape[:2] == value.shape[:2] == (key.shape[0], tokens), (query.shape, key.shape, value.shape)
     assert heads % key.shape[0] == 0, (heads, key.shape)
     scale = width**-0.5 if scale is None else scale
-    if dropout or soft_cap is not None or value.shape[2] != width:
+    plain, on_cpu = soft_cap is None and value.shape[2] == width, query.device.type == "cpu"
+    if dropout or not (plain or on_cpu):
         return _dense(query, key, value, tree, scale, dropout, soft_cap)
-    if query.device.type != "cpu":
+    if not on_cpu:
         return _flex(query, key, value, tree, scale)
     out: Tensor
     dtype = product_dtype(query)
     if dtype in NARROW and tree.shapes > SHAPES:
         dtype = wide(dtype)
-    if tree.longest <= (LONGEST_NARROW if dtype in NARROW else LONGEST):
-        out = _Blocked.apply(query, key, value, tree.blocks, scale, dtype)  # type: ignore[no-untyped-call]
+    if not plain or tree.longest <= (LONGEST_NARROW if dtype in NARROW else LONGEST):
+        out = _Blocked.apply(query, key, value, tree.blocks, scale, dtype, soft_cap)  # type: ignore[no-untyped-call]
     else:
         out = _Segmented.apply(query, key, value, tree.segments, scale)  # type: ignore[no-untyped-call]
     return out
@@ -104,7 +105,7 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale: float) -
 
 
 class _Blocked(torch.autograd.Function):
-    """dtype: of the products; scores and probabilities are in fp32 (fp64 where the inputs are)."""
+    """dtype: of the products; scores and probabilities are in fp32 (fp64 where the inputs are). soft_cap: or None."""
 
     @staticmethod
     def forward(
@@ -115,39 +116,41 @@ class _Blocked(torch.autograd.Function):
         blocks: tuple[Block, ...],
         scale: float,
         dtype: torch.dtype,
+        soft_cap: float | None,
     ) -> Tensor:
-        out, o = _token_major(query, key.shape[0])
-        scaled, k = _for_scores(query, key, scale, o.shape)
+        out, o = _token_major(query, key.shape[0], width=value.shape[2])
+        scaled, k = _for_scores(query, key, scale)
         v, kept = value.to(dtype), []
-        most = KEPT * query.shape[-1] if dtype == query.dtype else 0
+        most = KEPT * query.shape[-1] if dtype == query.dtype and soft_cap is None else 0
         for rows, path, mask in blocks:
-            p = _probabilities(_rows(scaled, rows), _along(k, path), mask).to(dtype)
+            p = _probabilities(_rows(scaled, rows), _along(k, path), mask, soft_cap)[0].to(dtype)
             o[:, :, slice(*rows)] = (p @ _along(v, path)).view(*o.shape[:2], -1, o.shape[3])
             kept.append(p if p.shape[-1] <= most else None)
         ctx.save_for_backward(query, key, value, *kept)  # type: ignore[arg-type]
-        ctx.rest = blocks, scale, dtype  # type: ignore[attr-defined]
+        ctx.rest = blocks, scale, dtype, soft_cap  # type: ignore[attr-defined]
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *kept = ctx.saved_tensors
-        blocks, scale, dtype = ctx.rest
+        blocks, scale, dtype, soft_cap = ctx.rest
         to_query, gq = _token_major(query, key.shape[0], dtype)
-        again = _for_scores(query, key, scale, gq.shape) if any(p is None for p in kept) else None
+        again = _for_scores(query, key, scale) if any(p is None for p in kept) else None
         q, k, v, g = (t.to(dtype) for t in (query, key, value, grad))
-        q, g = q.view(gq.shape), g.view(gq.shape)
+        q, g = (t.view(*gq.shape[:3], -1) for t in (q, g))
         to_key, to_value = (torch.zeros_like(t, dtype=wide(dtype)) for t in (k, v))
         for (rows, path, mask), p in zip(blocks, kept, strict=True):
             own, go = _rows(q, rows), _rows(g, rows)
             if p is not None:
-                wider = p.to(wide(dtype))
+                wider, slope = p.to(wide(dtype)), None
             else:
                 assert again is not None
-                wider = _probabilities(_rows(again[0], rows), _along(again[1], path), mask)
+                wider, slope = _probabilities(_rows(again[0], rows), _along(again[1], path), mask, soft_cap)
                 p = wider.to(dtype)
             to_p = (go @ _along(v, path).mT).to(wider.dtype)
-            gs = torch._softmax_backward_data(to_p, wider, -1, wider.dtype).to(dtype)
+            gs = torch._softmax_backward_data(to_p, wider, -1, wider.dtype)
+            gs = (gs if slope is None else gs.mul_(slope)).to(dtype)
             gq[:, :, slice(*rows)] = (gs @ _along(k, path)).view(*gq.shape[:2], -1, gq.shape[3])
             gk, gv, at = gs.mT @ own, p.mT @ go, 0
             for a, b in path:
@@ -155,13 +158,14 @@ class _Blocked(torch.autograd.Function):
                 to_value[:, a:b] += gv[:, at : at + b - a]
                 at += b - a
         to_query, to_key = to_query.mul_(scale), to_key.mul_(scale)
-        return to_query.to(query.dtype), to_key.to(key.dtype), to_value.to(value.dtype), None, None, None
+        return to_query.to(query.dtype), to_key.to(key.dtype), to_value.to(value.dtype), None, None, None, None
 
 
-def _for_scores(query: Tensor, key: Tensor, scale: float, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """Scaled queries in the shape of `_token_major`'s second result, and keys, both wide: bf16 scores would be rounded
-    by more than probabilities can bear."""
-    return (query.to(wide(query.dtype)) * scale).view(shape), key.to(wide(key.dtype))
+def _for_scores(query: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Scaled queries [key_heads, groups, N, width], and keys, both wide: bf16 scores would be rounded by more than
+    probabilities can bear."""
+    scaled = query.to(wide(query.dtype)) * scale
+    return scaled.view(key.shape[0], -1, *query.shape[1:]), key.to(wide(key.dtype))
 
 
 def _rows(t: Tensor, rows: Span) -> Tensor:
@@ -169,12 +173,17 @@ def _rows(t: Tensor, rows: Span) -> Tensor:
     return t[:, :, slice(*rows)].reshape(t.shape[0], -1, t.shape[3])
 
 
-def _probabilities(own: Tensor, k: Tensor, mask: Tensor) -> Tensor:
-    """Of a block: the softmax of its scaled queries and the keys of its path."""
-    scores = own @ k.mT
+def _probabilities(own: Tensor, k: Tensor, mask: Tensor, soft_cap: float | None) -> tuple[Tensor, Tensor | None]:
+    """Of a block: the softmax of its scaled queries and the keys of its path; and with a soft cap c of the scores,
+    c tanh(score / c), the cap's derivative, 1 - tanh²."""
+    scores, slope = own @ k.mT, None
+    if soft_cap is not None:
+        scores = scores.div_(soft_cap).tanh_()
+        slope = 1.0 - scores.square()
+        scores.mul_(soft_cap)
     size, masked = mask.shape
     scores.view(own.shape[0], -1, size, k.shape[1])[..., -masked:] += mask
-    return scores.softmax(-1)
+    return scores.softmax(-1), slope
 
 
 def _along(t: Tensor, path: Path) -> Tensor:
@@ -182,9 +191,12 @@ def _along(t: Tensor, path: Path) -> Tensor:
     return t[:, slice(*path[0])] if len(path) == 1 else torch.cat([t[:, a:b] for a, b in path], 1)
 
 
-def _token_major(query: Tensor, key_heads: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+def _token_major(
+    query: Tensor, key_heads: int, dtype: torch.dtype | None = None, width: int | None = None
+) -> tuple[Tensor, Tensor]:
     """An empty [heads, N, width], laid out as the projection after attention reads it, and by key head."""
-    heads, tokens, width = query.shape
+    heads, tokens, own = query.shape
+    width = own if width is None else width
     out = query.new_empty(tokens, heads, width, dtype=dtype).transpose(0, 1)
     return out, out.view(key_heads, heads // key_heads, tokens, width)
 
