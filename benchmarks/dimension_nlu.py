@@ -4,8 +4,8 @@ usage: python benchmarks/dimension_nlu.py --data DIR [--only sst2-did ...] [--ou
     [flags of trimtab measure dimension ...]
 
 --data: the folder that holds nlu/. Each measurement is a `trimtab measure dimension` in a folder of its own, and one
-that was stopped goes on where it was. SETTINGS are of a task, the same for all three. The learning rate is the better
-of two by the validation split: of all parameters, and in subspaces at the first d that is tried, whose multiple of
+that was stopped goes on where it was. SETTINGS are of a task, the same for all three. The learning rate is the best of
+three by the validation split: of all parameters, and in subspaces at the first d that is tried, whose multiple of
 lr √(D/d) every other d is given. A baseline that is not clear of chance ends its measurement with the reason, and the
 next one follows.
 
@@ -30,7 +30,7 @@ SETTINGS = {
 }
 KINDS = {"did": (), "said": ("--mode", "said"), "random": ("--random-weights",)}
 MEASUREMENTS = {f"{task}-{kind}": (task, kind) for task in SETTINGS for kind in KINDS}
-SAME = ("--model", "minilm", "--start", "500", "--resolution", "2", "--rates", "1,4", "--rates-at", "first")
+SAME = ("--model", "minilm", "--resolution", "2", "--rates", "1,4,16", "--rates-at", "first")
 
 
 def main() -> None:

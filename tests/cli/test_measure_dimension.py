@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_classifier import lines, make_folder, write_table
 from trimtab.cli import run
 from trimtab.subspace.crossing import GRIDS
+from trimtab.subspace.search import SWEEP_SEED
 
 QUICK = ["--workers", "1", "--seeds", "2"]
 TOY = ["--task", "toy", "--threshold", "absolute", "--share", "0.99", "--lr-scale", "none", *QUICK]
@@ -103,6 +104,17 @@ def test_a_d_that_said_has_not_is_refused_before_any_training(sentences: list[st
     assert run(["measure", "dimension", *sentences, *flags, "--grid", "3,2000"]) == 2
     assert "d is 3, but must be at least 6, since SAID spends 5 on the λ of its layers" in capsys.readouterr().err
     assert not (tmp_path / "out" / "runs.jsonl").exists()
+
+
+def test_the_rate_of_a_pretrained_model_is_chosen_at_the_first_d(sentences: list[str], tmp_path: Path) -> None:
+    model = str(make_folder(tmp_path / "model"))
+    flags = [*sentences, "--model", model, "--grid", "4,40", "--threshold", "absolute", "--share", "0.99"]
+    assert run(["measure", "dimension", *flags, "--lr", "1e-3", "--out", str(tmp_path / "out")]) == 0
+    runs = [json.loads(line)["run"] for line in (tmp_path / "out" / "runs.jsonl").read_text().splitlines()]
+    tried = {d: sorted(r["lr"] for r in runs if r["d"] == d and r["seed"] == SWEEP_SEED) for d in (None, 4, 40)}
+    assert tried[None] == pytest.approx([1e-3, 4e-3, 16e-3])
+    assert [rate / tried[4][0] for rate in tried[4]] == pytest.approx([1, 4, 16])
+    assert tried[40] == []
 
 
 def test_checkpoints_of_other_shapes_are_told_even_where_they_have_as_many_parameters(

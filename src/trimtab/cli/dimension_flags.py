@@ -53,9 +53,13 @@ class DimensionFlags:
     resolution: float = option(1.2, "how far apart, as a ratio, the d may be between which the dimension is found")
     lr: float | None = option(None, "of training all parameters; by default the task's")
     lr_scale: Literal["sqrt", "none"] = option("sqrt", "in a subspace: times √(D/d), or as it is, as the papers do")
-    rates: str = option("1", "multiples of the learning rate to choose from, as 0.5,1,2")
-    rates_at: Literal["each", "first"] = option(
-        "each", "choose at each d, or at the first d that is tried for all of them"
+    rates: str | None = option(
+        None,
+        "multiples of the learning rate to choose from, as 0.5,1,2; by default the rate itself, and of a pretrained "
+        "model 1,4,16, chosen at the first d",
+    )
+    rates_at: Literal["each", "first"] | None = option(
+        None, "choose at each d (usual with --rates), or at the first d that is tried for all of them"
     )
     epochs: int | None = option(None, "passes over the data; by default the task's")
     batch_size: int | None = option(None, "examples a step; by default the task's")
@@ -80,7 +84,7 @@ def refuse_idle(flags: DimensionFlags) -> None:
         return
     if flags.checkpoints and (flags.model is not None or flags.random_weights):
         raise UsageError("--checkpoints stands in the place of --model, and of pretrained weights")
-    with_model = flags.model is not None or bool(flags.checkpoints)
+    with_model = is_of_model(flags)
     idle = [name for name in _changed(flags) if name in (PROBLEMS_ONLY if with_model else SENTENCES_ONLY)]
     if idle:
         kind = "without" if with_model else "with"
@@ -88,7 +92,7 @@ def refuse_idle(flags: DimensionFlags) -> None:
     searching = [name for name in _changed(flags) if name in ("start", "resolution")]
     if flags.grid is not None and searching:
         raise UsageError(f"--{searching[0]} is for a search, but --grid names the d to try: leave one of them out")
-    if "rates_at" in _changed(flags) and "," not in flags.rates:
+    if flags.rates_at is not None and "," not in rates_of(flags)[0]:
         raise UsageError("--rates-at is for several --rates to choose from: name them, or leave it out")
     if "diagonal" in _changed(flags) and not projection_of(flags).startswith("fastfood"):
         raise UsageError(
@@ -96,9 +100,25 @@ def refuse_idle(flags: DimensionFlags) -> None:
         )
 
 
+def is_of_model(flags: DimensionFlags) -> bool:
+    """Whether a pretrained model is measured, or a series of them."""
+    return flags.model is not None or bool(flags.checkpoints)
+
+
+def rates_of(flags: DimensionFlags) -> tuple[str, str]:
+    """Multiples of the learning rate, and where to choose one, as asked for or as usual.
+
+    Of a pretrained model at its own rate, in a subspace, little is learned in the few steps of fine-tuning: a random
+    direction holds √(d/D) of the gradient.
+    """
+    if flags.rates is None and is_of_model(flags):
+        return "1,4,16", flags.rates_at or "first"
+    return flags.rates or "1", flags.rates_at or "each"
+
+
 def projection_of(flags: DimensionFlags) -> str:
     """The projection that was asked for, or the usual one."""
-    return flags.projection or ("uni" if flags.model is not None or flags.checkpoints else "fastfood-blocks")
+    return flags.projection or ("uni" if is_of_model(flags) else "fastfood-blocks")
 
 
 def _changed(flags: DimensionFlags) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.cli.common import Screen, find_model, load_libraries, options
-from trimtab.cli.dimension_flags import DimensionFlags, projection_of, refuse_idle
+from trimtab.cli.dimension_flags import DimensionFlags, projection_of, rates_of, refuse_idle
 from trimtab.cli.measure import show_table, steps_of
 from trimtab.errors import UsageError
 from trimtab.files import name_of
@@ -268,6 +268,7 @@ def _plan(flags: DimensionFlags, subject: Subject) -> Plan:
 
     if flags.workers is not None and flags.workers < 1:
         raise UsageError(f"workers is {flags.workers}, but must be at least 1")
+    rates, rates_at = rates_of(flags)
     return Plan(
         seeds=flags.seeds,
         threshold=Threshold(flags.threshold, flags.share),
@@ -276,8 +277,8 @@ def _plan(flags: DimensionFlags, subject: Subject) -> Plan:
         grid=() if flags.grid is None else _grid(flags.grid, subject.D),
         lr=subject.lr if flags.lr is None else flags.lr,
         lr_scale=flags.lr_scale,
-        rates=tuple(_numbers("rates", flags.rates, float)),
-        rates_at=flags.rates_at,
+        rates=tuple(_numbers("rates", rates, float)),
+        rates_at=rates_at,
     )
 
 
