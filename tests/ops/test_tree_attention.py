@@ -237,6 +237,39 @@ def test_dropout_changes_what_is_attended_to() -> None:
     assert not torch.allclose(tree_attention(q, k, v, tree, dropout=0.5), tree_attention(q, k, v, tree))
 
 
+@pytest.mark.parametrize("soft_cap", [None, 0.5])
+def test_with_the_whole_mask_it_is_the_same(soft_cap: float | None) -> None:
+    tree = Tree.of(ends([-1, 0, 1, 1, 3, -1, 5]))
+    q, k, v = inputs(7)
+    dense = module._dense(q, k, v, tree, 0.3, 0.0, soft_cap)
+    torch.testing.assert_close(dense, tree_attention(q, k, v, tree, scale=0.3, soft_cap=soft_cap))
+
+
+@pytest.mark.parametrize("soft_cap", [None, 0.5])
+def test_dropout_is_what_its_masks_say(soft_cap: float | None) -> None:
+    tree = Tree.of(ends([-1, 0, 1, 1, 3, -1, 5]))
+    q, k, v = inputs(7)
+    eye = torch.eye(7, dtype=torch.float64).expand(2, 7, 7)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return tree_attention(q, k, v, tree, dropout=0.5, soft_cap=soft_cap)
+
+    dropped = attend(q, k, eye)  # the probabilities themselves
+    whole = tree_attention(q, k, eye, tree, soft_cap=soft_cap)
+    factors = (dropped / whole)[whole > 0]
+    assert set(factors.detach().round(decimals=9).tolist()) == {0.0, 2.0}
+    torch.testing.assert_close(attend(q, k, v), dropped @ v.repeat_interleave(2, 0))
+    assert torch.autograd.gradcheck(attend, (q, k, v))
+
+
+def test_dropout_keeps_no_mask() -> None:
+    tree = Tree.of([400] * 400)
+    q, k, v = (t.float().detach().requires_grad_() for t in inputs(400))
+    kept = saved_bytes(lambda: tree_attention(q, k, v, tree, dropout=0.1))
+    assert kept <= sum(t.numel() * t.element_size() for t in (q, k, v)) + 4 * 4 * 400 * module.KEPT * 8
+
+
 def test_values_of_another_width_are_served() -> None:
     tree = Tree.of(ends([-1, 0, 1, 1, 3, -1, 5]))
     q, k, v = inputs(7)

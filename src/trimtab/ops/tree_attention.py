@@ -59,7 +59,7 @@ def tree_attention(
     assert heads % key.shape[0] == 0, (heads, key.shape)
     scale = width**-0.5 if scale is None else scale
     plain, on_cpu = soft_cap is None and value.shape[2] == width, query.device.type == "cpu"
-    if dropout or not (plain or on_cpu):
+    if not on_cpu and (dropout or not plain):
         return _dense(query, key, value, tree, scale, dropout, soft_cap)
     if not on_cpu:
         return _flex(query, key, value, tree, scale)
@@ -67,8 +67,9 @@ def tree_attention(
     dtype = product_dtype(query)
     if dtype in NARROW and tree.shapes > SHAPES:
         dtype = wide(dtype)
-    if not plain or tree.longest <= (LONGEST_NARROW if dtype in NARROW else LONGEST):
-        out = _Blocked.apply(query, key, value, tree.blocks, scale, dtype, soft_cap)  # type: ignore[no-untyped-call]
+    if dropout or not plain or tree.longest <= (LONGEST_NARROW if dtype in NARROW else LONGEST):
+        seed = int(torch.randint(2**62, ()).item()) if dropout else 0
+        out = _Blocked.apply(query, key, value, tree.blocks, scale, dtype, soft_cap, dropout, seed)  # type: ignore[no-untyped-call]
     else:
         out = _Segmented.apply(query, key, value, tree.segments, scale)  # type: ignore[no-untyped-call]
     return out
@@ -77,7 +78,7 @@ def tree_attention(
 def _dense(
     query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale: float, dropout: float, soft_cap: float | None
 ) -> Tensor:
-    """With the whole mask, for what no fast kernel here computes."""
+    """With the whole mask, for what flex attention does not compute."""
     groups = query.shape[0] // key.shape[0]
     key, value = (t.repeat_interleave(groups, 0) for t in (key, value))
     if soft_cap is None:
@@ -105,7 +106,9 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale: float) -
 
 
 class _Blocked(torch.autograd.Function):
-    """dtype: of the products; scores and probabilities are in fp32 (fp64 where the inputs are). soft_cap: or None."""
+    """dtype: of the products; scores and probabilities are in fp32 (fp64 where the inputs are). soft_cap: or None.
+    dropout: the blocks' masks are drawn one after another from a seed, and again in backward.
+    """
 
     @staticmethod
     def forward(
@@ -117,24 +120,29 @@ class _Blocked(torch.autograd.Function):
         scale: float,
         dtype: torch.dtype,
         soft_cap: float | None,
+        dropout: float,
+        seed: int,
     ) -> Tensor:
         out, o = _token_major(query, key.shape[0], width=value.shape[2])
         scaled, k = _for_scores(query, key, scale)
         v, kept = value.to(dtype), []
         most = KEPT * query.shape[-1] if dtype == query.dtype and soft_cap is None else 0
+        drawn = torch.Generator().manual_seed(seed)
         for rows, path, mask in blocks:
             p = _probabilities(_rows(scaled, rows), _along(k, path), mask, soft_cap)[0].to(dtype)
-            o[:, :, slice(*rows)] = (p @ _along(v, path)).view(*o.shape[:2], -1, o.shape[3])
+            dropped = p * _drop(p, dropout, drawn) if dropout else p
+            o[:, :, slice(*rows)] = (dropped @ _along(v, path)).view(*o.shape[:2], -1, o.shape[3])
             kept.append(p if p.shape[-1] <= most else None)
         ctx.save_for_backward(query, key, value, *kept)  # type: ignore[arg-type]
-        ctx.rest = blocks, scale, dtype, soft_cap  # type: ignore[attr-defined]
+        ctx.rest = blocks, scale, dtype, soft_cap, dropout, seed  # type: ignore[attr-defined]
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *kept = ctx.saved_tensors
-        blocks, scale, dtype, soft_cap = ctx.rest
+        blocks, scale, dtype, soft_cap, dropout, seed = ctx.rest
+        drawn = torch.Generator().manual_seed(seed)
         to_query, gq = _token_major(query, key.shape[0], dtype)
         again = _for_scores(query, key, scale) if any(p is None for p in kept) else None
         q, k, v, g = (t.to(dtype) for t in (query, key, value, grad))
@@ -149,6 +157,9 @@ class _Blocked(torch.autograd.Function):
                 wider, slope = _probabilities(_rows(again[0], rows), _along(again[1], path), mask, soft_cap)
                 p = wider.to(dtype)
             to_p = (go @ _along(v, path).mT).to(wider.dtype)
+            if dropout:
+                drop = _drop(p, dropout, drawn)
+                to_p, p = to_p.mul_(drop), p * drop
             gs = torch._softmax_backward_data(to_p, wider, -1, wider.dtype)
             gs = (gs if slope is None else gs.mul_(slope)).to(dtype)
             gq[:, :, slice(*rows)] = (gs @ _along(k, path)).view(*gq.shape[:2], -1, gq.shape[3])
@@ -158,7 +169,7 @@ class _Blocked(torch.autograd.Function):
                 to_value[:, a:b] += gv[:, at : at + b - a]
                 at += b - a
         to_query, to_key = to_query.mul_(scale), to_key.mul_(scale)
-        return to_query.to(query.dtype), to_key.to(key.dtype), to_value.to(value.dtype), None, None, None, None
+        return to_query.to(query.dtype), to_key.to(key.dtype), to_value.to(value.dtype), *(None,) * 6
 
 
 def _for_scores(query: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -184,6 +195,11 @@ def _probabilities(own: Tensor, k: Tensor, mask: Tensor, soft_cap: float | None)
     size, masked = mask.shape
     scores.view(own.shape[0], -1, size, k.shape[1])[..., -masked:] += mask
     return scores.softmax(-1), slope
+
+
+def _drop(p: Tensor, dropout: float, drawn: torch.Generator) -> Tensor:
+    """What a block's probabilities are multiplied by: 0 with this probability, else 1 / (1 - dropout)."""
+    return torch.empty_like(p).bernoulli_(1.0 - dropout, generator=drawn).div_(1.0 - dropout)
 
 
 def _along(t: Tensor, path: Path) -> Tensor:
