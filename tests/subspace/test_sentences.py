@@ -182,7 +182,7 @@ def test_missing_data_is_told_by_the_flag_that_names_it(
 
 def test_the_command_measures_a_file_of_ones_own(setting: Setting, tmp_path: Path, capsys) -> None:
     flags = ["--model", setting.model, "--task", str(setting.data), "--test-data", str(setting.test)]
-    grid = ["--grid", "2,5000", "--seeds", "2", "--workers", "1", "--lr", "1e-2", "--epochs", "4"]
+    grid = ["--grid", "2,5000", "--seeds", "2", "--workers", "1", "--lr", "1e-2", "--epochs", "4", "--rates", "1"]
     assert command(["measure", "dimension", *flags, *grid, "--json", "--out", str(tmp_path)]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["chance"] == 0.5

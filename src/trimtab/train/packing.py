@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -130,9 +130,9 @@ def leaks(model: nn.Module, longest: int = 4) -> bool:
 
     longest: tokens of the longest example. Some models can up to so many tokens, and not beyond.
     """
-    device, embeddings = next(model.parameters()).device, cast("Any", model).get_input_embeddings()
-    length, drawn = max(longest, 4), torch.Generator().manual_seed(0)
-    *before, last = torch.randint(1, len(embeddings.weight), (3, length), generator=drawn).tolist()
+    first_parameter = next(model.parameters())
+    device, length, drawn = first_parameter.device, max(longest, 4), torch.Generator().manual_seed(0)
+    *before, last = torch.randint(1, 7, (3, length), generator=drawn).tolist()  # tokens that every model has
     outputs = []
     with modes_kept(model):
         model.eval()
@@ -147,7 +147,7 @@ def leaks(model: nn.Module, longest: int = 4) -> bool:
                     raise
                 return True  # it counts positions of its own, and has none left for the second example
             outputs.append(logits[:, length - 1 :].float())  # a last token is not read
-    narrow = torch.finfo(embeddings.weight.dtype).eps > torch.finfo(torch.float32).eps
+    narrow = torch.finfo(first_parameter.dtype).eps > torch.finfo(torch.float32).eps
     rounding = 0.1 if narrow else 1e-3  # of a row of another length; what is missing is more
     seen = (outputs[0] - outputs[1]).abs().max() > LEAK * alone.abs().max()
     return bool(seen or (outputs[0] - alone).norm() > rounding * alone.norm())
