@@ -32,6 +32,10 @@ class TrainingError(TrimtabError, RuntimeError):
     """Training stopped: a loss that is not finite, no memory, a full disk. What was saved before stays whole."""
 
 
+TRIAL_FAILURES = (TypeError, ValueError, AttributeError, IndexError, RuntimeError)
+"""What a part of a model raises that is tried with inputs it does not take; see `ran_out_of_memory`."""
+
+
 def ran_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that memory ran out: Python's, the processor's or the accelerator's."""
     words = ("can't allocate memory", "not enough memory", "out of memory")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from trimtab.adapt.module import modes_kept
 from trimtab.deltas.layout import original_class
-from trimtab.errors import UsageError, ran_out_of_memory
+from trimtab.errors import TRIAL_FAILURES, UsageError, ran_out_of_memory
 from trimtab.ops.tree import Tree
 from trimtab.ops.tree_attention import tree_attention
 
@@ -34,10 +34,8 @@ _tree: ContextVar[Tree | None] = ContextVar("tree", default=None)
 def attending_by_tree(model: Any) -> Iterator[None]:
     """Within the block the model's attention takes trees; backward passes belong into it too."""
     _register()
-    config = model.config
-    parts = {key: getattr(config, key, None) for key in config.sub_configs}
-    before = {"": config, **{key: part for key, part in parts.items() if part is not None}}
-    before = {key: part._attn_implementation for key, part in before.items()}
+    parts = {"": model.config, **{key: getattr(model.config, key, None) for key in model.config.sub_configs}}
+    before = {key: part._attn_implementation for key, part in parts.items() if part is not None}
     model.set_attn_implementation(NAME)
     try:
         yield
@@ -99,7 +97,7 @@ def _tried(model: nn.Module, name: str) -> str | None:
             shared = _packed(model, draw, [7, 7, 4, 4, 7, 7, 7], [0, 1, 2, 3, 2, 3, 4])
             both = torch.cat([first, second], 1)
             apart = _packed(model, both, [4] * 4 + [9] * 5, [*range(4), *range(5)]) if narrow else None
-        except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        except TRIAL_FAILURES as error:
             if ran_out_of_memory(error):
                 raise
             return f"{name} does not take a tree for its attention ({type(error).__name__}: {error})"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from trimtab.adapt.module import Adapted, modes_kept, subclass
 from trimtab.deltas.layout import original_class
-from trimtab.errors import ran_out_of_memory
+from trimtab.errors import TRIAL_FAILURES, ran_out_of_memory
 from trimtab.ops.gated import Activation, gated
 from trimtab.ops.precision import autocasts
 from trimtab.ops.products import frozen_linear, product_dtype
@@ -30,8 +30,6 @@ GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
 """The children of a gated feed-forward layer, as transformers' models name them."""
 EPSILONS = ("variance_epsilon", "eps")
 """What transformers' models call the ε of a norm."""
-FAILURES = (TypeError, ValueError, AttributeError, IndexError, RuntimeError)
-"""Of a part that is tried with inputs it does not take."""
 PLAIN = (bool, int, float, str)
 """Types of attributes that are alike where they are equal."""
 ROTARY = "apply_rotary_pos_emb"
@@ -193,7 +191,7 @@ def _computes(module: nn.Module, form: type, like: Tensor) -> bool:
             own = module(x)
             module.__class__ = subclass(kind, form)
             return _same(own, module(x))
-        except FAILURES as error:
+        except TRIAL_FAILURES as error:
             return _is_no_answer(error)
         finally:
             module.__class__ = kind
@@ -210,7 +208,7 @@ def _rotates_by_halves(own: Any, dtype: torch.dtype) -> bool:
     q, k, cos, sin = (torch.randn(shape, generator=draw).to(dtype) for shape in shapes)
     try:
         return all(_same(a, b) for a, b in zip(own(q, k, cos, sin), ours(q, k, cos, sin), strict=True))
-    except FAILURES as error:
+    except TRIAL_FAILURES as error:
         return _is_no_answer(error)
 
 

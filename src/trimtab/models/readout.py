@@ -21,7 +21,7 @@ from trimtab.adapt.module import Adapted, modes_kept
 from trimtab.adapt.prompts import Prompted
 from trimtab.adapt.select import output_head
 from trimtab.deltas.layout import original_class
-from trimtab.errors import ran_out_of_memory
+from trimtab.errors import TRIAL_FAILURES, ran_out_of_memory
 from trimtab.models.last_layer import FEW, at_positions, last_feed_forward, recomputes
 from trimtab.ops.cross_entropy import head_cross_entropy, linear_cross_entropy, nats, token_nats
 from trimtab.ops.precision import autocasts
@@ -133,7 +133,7 @@ def _difference(model: nn.Module, readout: Readout) -> str | None:
         try:
             own = model(input_ids=ids, use_cache=False).logits.float()
             ours = readout.logits(readout.hidden(input_ids=ids)).float()
-        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        except TRIAL_FAILURES as error:
             if ran_out_of_memory(error):
                 raise
             return f"its backbone cannot be asked alone ({error})"
@@ -151,7 +151,7 @@ def _last_by_position(model: nn.Module, readout: Readout) -> bool:
         model.eval()
         try:
             whole, alone = (readout.hidden(p, input_ids=ids)[0, 1].float() for p in (None, position))
-        except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        except TRIAL_FAILURES as error:
             if ran_out_of_memory(error):
                 raise
             return False

@@ -19,6 +19,7 @@ from trimtab.data.pack import pack, pack_shared
 from trimtab.deltas.layout import original_class
 from trimtab.errors import UsageError, ran_out_of_memory
 from trimtab.models.attention import attending_by_tree, why_no_tree
+from trimtab.ops.products import NARROW
 from trimtab.train.loss import Loss, causal_loss
 
 Build = Callable[[Sequence[Any], int], Batch]
@@ -147,7 +148,6 @@ def leaks(model: nn.Module, longest: int = 4) -> bool:
                     raise
                 return True  # it counts positions of its own, and has none left for the second example
             outputs.append(logits[:, length - 1 :].float())  # a last token is not read
-    narrow = torch.finfo(first_parameter.dtype).eps > torch.finfo(torch.float32).eps
-    rounding = 0.1 if narrow else 1e-3  # of a row of another length; what is missing is more
+    rounding = 0.1 if first_parameter.dtype in NARROW else 1e-3  # of a row of another length; what is missing is more
     seen = (outputs[0] - outputs[1]).abs().max() > LEAK * alone.abs().max()
     return bool(seen or (outputs[0] - alone).norm() > rounding * alone.norm())
