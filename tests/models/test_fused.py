@@ -18,6 +18,12 @@ def gradients(model: nn.Module, adapter) -> list[torch.Tensor]:
     return [gradient.clone() for gradient in found]
 
 
+@pytest.fixture(autouse=True)
+def linear_layers_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether this machine computes them by another library is not asked but where a test does."""
+    monkeypatch.setattr(products, "BY_ONEDNN", False)
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3"])
 def test_gradients_are_the_same_and_less_is_kept(name: str) -> None:
     model = built(name)
@@ -48,6 +54,22 @@ def test_gradients_are_the_same_and_less_is_kept(name: str) -> None:
     plain_bytes, ours_bytes = (sum(size for _, size in each) for each in sizes)
     assert ours_bytes < plain_bytes
     assert [type(module) for module in model.modules()] == classes
+
+
+def test_fp32_linear_layers_go_by_the_quicker_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = built("llama")
+    for parameter in model.model.layers[0].parameters():
+        parameter.requires_grad_(True)
+    adapter = trimtab.attach(model, trimtab.LoRA(rank=2), targets=["q_proj", "v_proj"])
+    plain = gradients(model, adapter)
+    monkeypatch.setattr(products, "BY_ONEDNN", True)
+    monkeypatch.setattr(products, "LEAST", 0)
+    with fused(model) as count:
+        assert count == 7 + 5 * 2 + 1  # k, o, gate, up and down of two layers, and the head
+        ours = gradients(model, adapter)
+    for own, quick in zip(plain, ours, strict=True):
+        torch.testing.assert_close(quick, own)
+    assert type(model.lm_head) is nn.Linear
 
 
 @pytest.mark.parametrize("known", [set(), {torch.bfloat16}])

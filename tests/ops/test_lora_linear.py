@@ -38,13 +38,13 @@ def test_a_trained_weight_and_bias_get_their_gradients() -> None:
     assert torch.autograd.gradcheck(lambda *t: lora_linear(*t, 0.7), (x, weight, bias, A, B))
 
 
-def test_fp32_agrees_with_plain_autograd() -> None:
+def test_fp32_agrees_with_plain_autograd(library: str) -> None:
     A, B = drawn(16, 96, dtype=torch.float32, seed=1), drawn(64, 16, dtype=torch.float32, seed=2)
-    weight, bias = drawn(64, 96, dtype=torch.float32, seed=3), drawn(64, dtype=torch.float32, seed=4)
+    weight, bias = drawn(64, 96, dtype=torch.float32, seed=3).requires_grad_(), drawn(64, dtype=torch.float32, seed=4)
     x, g = drawn(7, 11, 96, dtype=torch.float32), drawn(7, 11, 64, dtype=torch.float32, seed=5)
     results = []
     for fused in (True, False):
-        inputs = [t.clone().requires_grad_() for t in (x, A, B)]
+        inputs = [*(t.clone().requires_grad_() for t in (x, A, B)), weight]
         if fused:
             y = lora_linear(inputs[0], weight, bias, inputs[1], inputs[2], 2.0)
         else:

@@ -11,7 +11,7 @@ from counting import saved_bytes
 from torch import Tensor
 
 from trimtab.ops import products
-from trimtab.ops.products import FEW, frozen_linear, product_dtype, times, times_transposed
+from trimtab.ops.products import FEW, linear, product, product_dtype, quicker_than_torch, times, times_transposed
 
 
 def test_narrow_products_are_wide_where_the_machine_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,8 +30,8 @@ def test_a_frozen_layer_keeps_nothing_and_is_right(narrow_products: str, rows: i
     draw = torch.Generator().manual_seed(0)
     x, W, b, g = (torch.randn(s, generator=draw).bfloat16() for s in ((1, rows, 96), (64, 96), (64,), (1, rows, 64)))
     x, bias = x.requires_grad_() * 1.0, b if biased else None
-    assert saved_bytes(lambda: frozen_linear(x, W, bias), besides=[W]) == 0
-    y = frozen_linear(x, W, bias)
+    assert saved_bytes(lambda: linear(x, W, bias), besides=[W]) == 0
+    y = linear(x, W, bias)
     (gx,) = torch.autograd.grad(y, x, g)
     true = F.linear(x.double(), W.double(), bias if bias is None else bias.double()).bfloat16()
     true_gx = (g.double() @ W.double()).bfloat16()
@@ -39,6 +39,39 @@ def test_a_frozen_layer_keeps_nothing_and_is_right(narrow_products: str, rows: i
     for ours, exact in ((y, true), (gx, true_gx)):
         # One rounding of 2^-9 each, which the two may do on either side of a tie.
         assert (ours.double() - exact.double()).norm() < 2**-9 * exact.double().norm()
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_trained_layer_is_right_and_keeps_its_input_by_reference(library: str, biased: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, W, b, g = (torch.randn(s, generator=draw) for s in ((3, 7, 96), (64, 96), (64,), (3, 7, 64)))
+    inputs = [t.requires_grad_() for t in ([x, W, b] if biased else [x, W])]
+    assert saved_bytes(lambda: linear(*inputs), besides=[x, W]) == 0
+    y = linear(*inputs)
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    true = F.linear(*wide)
+    found = [y, *torch.autograd.grad(y, inputs, g)]
+    for ours, exact in zip(found, [true, *torch.autograd.grad(true, wide, g.double())], strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)  # sums of 21 to 96 terms of size 1
+
+
+def test_a_library_is_chosen_by_dtype_device_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    own = F.linear
+    monkeypatch.setattr(products, "BY_ONEDNN", True)
+    monkeypatch.setattr(products.F, "linear", lambda *args: called.append(args) or own(*args))
+    large, small = torch.ones(64, 128), torch.ones(4, 128)
+    assert torch.equal(product(large, torch.ones(129, 128)), torch.full((64, 129), 128.0))
+    assert not called
+    for a in (small, large.double(), large.to("meta")):
+        product(a, torch.ones(129, 128, dtype=a.dtype, device=a.device))
+    assert len(called) == 3
+    assert quicker_than_torch(large)
+    assert not quicker_than_torch(large.double())
+    monkeypatch.setattr(products, "BY_ONEDNN", False)
+    assert not quicker_than_torch(large)
+    product(large, torch.ones(129, 128))
+    assert len(called) == 4
 
 
 KINDS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -67,6 +100,20 @@ def test_a_weight_made_wide_in_parts_gives_the_products_of_the_whole(
         (times(g, W, more.clone()), g.double() @ wide + more.double()),
     ):
         assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), true, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_strides_do_not_matter(kind: str, library: str) -> None:
+    draw = torch.Generator().manual_seed(0)
+    W, b = KINDS[kind](torch.randn(64, 24, generator=draw)), torch.randn(64, generator=draw)
+    x, g, more = (torch.randn(s, generator=draw) for s in ((9, 24), (9, 64), (9, 24)))
+    for ours, true in (
+        (product(x, W, b), x.double() @ W.double().T + b.double()),
+        (product(g.T, x.T), g.double().T @ x.double()),
+        (times(g, W), g.double() @ W.double()),
+        (times(g, W, more.clone()), g.double() @ W.double() + more.double()),
+    ):
         torch.testing.assert_close(ours.double(), true, rtol=1e-5, atol=1e-5)
 
 

@@ -29,7 +29,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from trimtab.ops.gated import Recipe, parts_of
 from trimtab.ops.precision import autocasts
-from trimtab.ops.products import product_dtype, times, times_transposed
+from trimtab.ops.products import FEW, product, product_dtype, times, times_transposed
 
 
 def lora_linear(
@@ -60,7 +60,7 @@ def _without_gradient(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor,
     """`lora_linear` in as few calls as may be: a model that writes one token at a time feels each of them."""
     own, rows = x.dtype, x.numel() // A.size(1)
     dtype = product_dtype(x, rows)
-    if dtype is own:
+    if dtype is own and rows <= FEW:
         y = F.linear(x, weight, bias)
     else:
         x = x.to(dtype)
@@ -93,7 +93,7 @@ class _LoRALinear(torch.autograd.Function):
         weight, bias, A, B = tensors[-4:]
         dtype = product_dtype(x, x.numel() // x.shape[-1])
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
-        h = _dropped(rows, dropout, seed) @ A.to(dtype).T  # [N, r]
+        h = product(_dropped(rows, dropout, seed), A.to(dtype))  # [N, r]
         ctx.save_for_backward(*tensors, *([] if recipe else [x if keeps_x else h.to(x.dtype)]))
         ctx.rest = scale, dropout, seed, keeps_x, recipe, x.shape  # type: ignore[attr-defined]
         y = times_transposed(rows, weight, bias)
@@ -111,7 +111,7 @@ class _LoRALinear(torch.autograd.Function):
         dtype = product_dtype(kept, len(kept))
         kept, a = kept.to(dtype), A.to(dtype)
         g = grad.reshape(-1, grad.shape[-1]).to(dtype)
-        G = (g @ B.to(dtype)).mul_(scale)  # [N, r]
+        G = product(g, B.to(dtype).T).mul_(scale)  # [N, r]
         gx = gW = gb = gA = gB = None
         if ctx.needs_input_grad[0]:
             gx = times(g, weight)
@@ -119,15 +119,16 @@ class _LoRALinear(torch.autograd.Function):
             gx = gx.to(own).view(shape)
         needs_W, needs_b, needs_A, needs_B = ctx.needs_input_grad[-4:]
         if needs_W:
-            gW = (g.T @ kept).to(own)
+            gW = product(g.T, kept.T).to(own)
         if needs_b:
             gb = g.sum(0).to(own)
         read = _dropped(kept, dropout, seed) if keeps_x else None  # what A reads
         if needs_A:
-            gA = (G.T @ read).to(A.dtype)
+            assert read is not None
+            gA = product(G.T, read.T).to(A.dtype)
         if needs_B:
-            h = kept if read is None else read @ a.T
-            gB = (h.T @ g).mul_(scale).T.to(B.dtype).contiguous()
+            h = kept if read is None else product(read, a)
+            gB = product(h.T, g.T).mul_(scale).T.to(B.dtype).contiguous()
         return gx, *(None,) * (len(ctx.needs_input_grad) - 5), gW, gb, gA, gB
 
 

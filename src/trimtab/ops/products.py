@@ -1,4 +1,4 @@
-"""In which dtype products of matrices are computed, where that is not the dtype they are kept in.
+"""How products of matrices are computed: in which dtype, and by which library, where these are not torch's own choice.
 
 A CPU without instructions for bf16 (or fp16) multiplies such matrices many times slower than in fp32. There the
 matrices of one product are made wide for the time of it and the result is rounded once: what is kept, for backward or
@@ -6,6 +6,8 @@ for good, stays narrow, and sums are the more exact.
 
 A weight is made wide a few rows at a time, always into the same memory: a fresh copy for every product would be a
 second head where W is one, and between what is kept the allocator would find no room for the next.
+
+In fp32 torch computes by MKL, which takes no AVX-512 on AMD's processors; oneDNN, which torch has for bf16, does.
 """
 
 from __future__ import annotations
@@ -29,10 +31,24 @@ def _computed_on_cpu() -> set[torch.dtype]:
     return {dtype for dtype, supported in known.items() if supported()}
 
 
+def _onednn_is_quicker() -> bool:
+    """Whether oneDNN computes fp32 products faster than MKL: twice as fast, where it does (benchmarks/RESULTS.md).
+
+    By the processor and not by the clock: every process on a machine is to round alike.
+    """
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):  # type: ignore[no-untyped-call]
+        return False
+    known = torch.cpu.get_capabilities()
+    return bool(known.get("avx512_f")) and str(known.get("cpu_name")).startswith("AMD")
+
+
 NARROW = (torch.bfloat16, torch.float16)
 COMPUTED_ON_CPU = _computed_on_cpu()
+BY_ONEDNN = _onednn_is_quicker()
 FEW = 4
 """Rows up to which making a matrix wide takes longer than the slow product does."""
+LEAST = 2**20
+"""Multiplications up to which calling oneDNN takes longer than it gains."""
 
 
 def product_dtype(x: Tensor, rows: int | None = None) -> torch.dtype:
@@ -43,6 +59,23 @@ def product_dtype(x: Tensor, rows: int | None = None) -> torch.dtype:
     return torch.float32 if rows is None or rows > FEW else dtype
 
 
+def _by_onednn(a: Tensor) -> bool:
+    return BY_ONEDNN and a.dtype == torch.float32 and a.device.type == "cpu"
+
+
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a bᵀ + bias, by the quicker library; no gradient. a: [n, k], b: [m, k], any strides; bias: [m]; of one dtype."""
+    if not (_by_onednn(a) and a.numel() * len(b) > LEAST):
+        return F.linear(a, b, bias)
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+    return y
+
+
+def quicker_than_torch(weight: Tensor) -> bool:
+    """Whether products with a weight are computed another way than torch's own linear layer does."""
+    return _by_onednn(weight) or product_dtype(weight) != weight.dtype
+
+
 WIDE_BYTES = 2**23
 """So much of a weight is wide at once."""
 
@@ -50,7 +83,7 @@ WIDE_BYTES = 2**23
 def times_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b in x's dtype. x: [rows, in]. weight: [out, in], bias: [out], both perhaps narrower; no gradient."""
     if weight.dtype == x.dtype:
-        return F.linear(x, weight, bias)
+        return product(x, weight, bias)
     y = x.new_empty(len(x), len(weight))
     for rows, part in _wide_parts(weight, x.dtype):
         torch.mm(x, part.T, out=y[:, rows])
@@ -60,7 +93,7 @@ def times_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 def times(g: Tensor, weight: Tensor, added_to: Tensor | None = None) -> Tensor:
     """g W in g's dtype. g: [rows, out]. weight: [out, in]; no gradient. added_to: [rows, in], added to in place."""
     if weight.dtype == g.dtype:
-        return g @ weight if added_to is None else added_to.addmm_(g, weight)
+        return product(g, weight.T) if added_to is None else added_to.addmm_(g, weight)
     made = g.new_zeros(len(g), weight.shape[1]) if added_to is None else added_to
     for rows, part in _wide_parts(weight, g.dtype):
         made.addmm_(g[:, rows], part)
@@ -94,16 +127,19 @@ def _wide_parts(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Ten
         yield slice(start, start + size), part.copy_(rows)
 
 
-def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b in `product_dtype`. x: [..., in]. weight [out, in] and bias [out] get no gradient; nothing is kept."""
-    y: Tensor = _FrozenLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b in `product_dtype`. x: [..., in]; weight [out, in] and bias [out] of its dtype. Differentiable once.
+
+    Nothing is kept for a frozen weight; for one that is trained x is, by reference.
+    """
+    y: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return y
 
 
-class _FrozenLinear(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
+        ctx.save_for_backward(weight, x if weight.requires_grad else None)  # type: ignore[arg-type]
         rows = x.reshape(-1, x.shape[-1])
         y = times_transposed(rows.to(product_dtype(x, len(rows))), weight, bias)
         return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
@@ -111,7 +147,14 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
+        weight, x = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
-        gx = times(rows.to(product_dtype(grad, len(rows))), weight)
-        return gx.to(grad.dtype).view(*grad.shape[:-1], gx.shape[-1]), None, None
+        rows = rows.to(product_dtype(grad, len(rows)))
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        gx = times(rows, weight).to(grad.dtype).view(*grad.shape[:-1], -1) if needs_x else None
+        gW = gb = None
+        if needs_weight:
+            gW = product(rows.T, x.reshape(-1, x.shape[-1]).to(rows.dtype).T).to(weight.dtype)
+        if needs_bias:
+            gb = rows.sum(0).to(grad.dtype)
+        return gx, gW, gb

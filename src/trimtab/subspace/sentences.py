@@ -27,6 +27,7 @@ from trimtab.data.labelled import LabelledRow, check_classes, hold_out
 from trimtab.errors import UsageError, problems_to_error
 from trimtab.files import name_of
 from trimtab.models.classifier import Classifier, load_classifier
+from trimtab.models.fused import fused
 from trimtab.subspace.offsets import groups_of
 from trimtab.subspace.problem import SPLITS, stream
 from trimtab.subspace.reparameterize import Subspace
@@ -173,13 +174,14 @@ class SentenceTrainer:
         train = self._encoded("train", loaded)
         few = _batches(train[: 4 * SCORED_ROWS], pad)  # what tells a run that diverged needs no more
         net, trained = self._net(loaded.model, run)
-        first = mean_loss(net, few, class_loss)
-        begun = time.perf_counter()
-        steps = self._fit(net, trained, train, pad, run)
-        seconds = time.perf_counter() - begun
-        with evaluating(net), _weights_kept(net):
-            final = mean_loss(net, few, class_loss)
-            scores = {name: _accuracy(net, _batches(self._encoded(name, loaded), pad)) for name in SPLITS}
+        with fused(net):
+            first = mean_loss(net, few, class_loss)
+            begun = time.perf_counter()
+            steps = self._fit(net, trained, train, pad, run)
+            seconds = time.perf_counter() - begun
+            with evaluating(net), _weights_kept(net):
+                final = mean_loss(net, few, class_loss)
+                scores = {name: _accuracy(net, _batches(self._encoded(name, loaded), pad)) for name in SPLITS}
         size = sum(p.numel() for p in loaded.model.parameters())
         return Outcome(
             seed=run.seed,
