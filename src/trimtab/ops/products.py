@@ -67,6 +67,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a bᵀ + bias, by the quicker library; no gradient. a: [n, k], b: [m, k], any strides; bias: [m]; of one dtype."""
     if not (_by_onednn(a) and a.numel() * len(b) > LEAST):
         return F.linear(a, b, bias)
+    bias = None if bias is None else bias.contiguous()  # its stride is not looked at
     y: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
     return y
 
@@ -151,7 +152,7 @@ class _Linear(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])
         rows = rows.to(product_dtype(grad, len(rows)))
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        gx = times(rows, weight).to(grad.dtype).view(*grad.shape[:-1], -1) if needs_x else None
+        gx = times(rows, weight).to(grad.dtype).view(*grad.shape[:-1], weight.shape[1]) if needs_x else None
         gW = gb = None
         if needs_weight:
             gW = product(rows.T, x.reshape(-1, x.shape[-1]).to(rows.dtype).T).to(weight.dtype)
