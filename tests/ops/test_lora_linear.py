@@ -209,3 +209,12 @@ def test_dropout_drops_its_share_keeps_the_mean_and_differs_from_call_to_call() 
     assert set(first.unique().tolist()) == {0.0, 1 / 0.75}
     assert abs((first == 0).double().mean() - 0.25) < 0.01  # 60,000 draws: standard deviation 0.0018
     assert not torch.equal(first, second)
+
+
+def test_what_comes_out_may_be_written_to_in_place() -> None:
+    A, B = factors()
+    x, weight = drawn(2, 3, 6).requires_grad_(), drawn(5, 6, seed=3)
+    found = torch.autograd.grad(lora_linear(x, weight, None, A, B, 0.7).clamp_(-1.0, 1.0).sum(), [x, A, B])
+    plain = F.linear(x, weight) + 0.7 * F.linear(F.linear(x, A), B)
+    for ours, own in zip(found, torch.autograd.grad(plain.clamp(-1.0, 1.0).sum(), [x, A, B]), strict=True):
+        torch.testing.assert_close(ours, own)

@@ -55,6 +55,21 @@ def test_a_trained_layer_is_right_and_keeps_its_input_by_reference(library: str,
         torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)  # sums of 21 to 96 terms of size 1
 
 
+def test_no_rows_give_gradients_of_zero(library: str) -> None:
+    x, W, b = (torch.ones(s, requires_grad=True) for s in ((1, 0, 96), (64, 96), (64,)))
+    gx, gW, gb = torch.autograd.grad(linear(x, W, b).sum(), [x, W, b])
+    assert gx.shape == x.shape
+    assert not gW.any()
+    assert not gb.any()
+
+
+def test_biases_of_any_stride(library: str) -> None:
+    draw = torch.Generator().manual_seed(0)
+    a, b, bias = (torch.randn(s, generator=draw) for s in ((9, 24), (64, 24), (128,)))
+    for own in (bias[::2], bias[:1].expand(64)):
+        torch.testing.assert_close(product(a, b, own), a @ b.T + own)
+
+
 def test_a_library_is_chosen_by_dtype_device_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
     own = F.linear

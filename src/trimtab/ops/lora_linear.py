@@ -29,7 +29,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from trimtab.ops.gated import Recipe, parts_of
 from trimtab.ops.precision import autocasts
-from trimtab.ops.products import FEW, product, product_dtype, times, times_transposed
+from trimtab.ops.products import FEW, product, product_dtype, times, times_transposed, unflattened
 
 
 def lora_linear(
@@ -98,7 +98,7 @@ class _LoRALinear(torch.autograd.Function):
         ctx.rest = scale, dropout, seed, keeps_x, recipe, x.shape  # type: ignore[attr-defined]
         y = times_transposed(rows, weight, bias)
         y.addmm_(h, B.to(dtype).T, alpha=scale)
-        return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
+        return unflattened(y.to(x.dtype), x)
 
     @staticmethod
     @once_differentiable

@@ -128,6 +128,12 @@ def _wide_parts(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Ten
         yield slice(start, start + size), part.copy_(rows)
 
 
+def unflattened(y: Tensor, x: Tensor) -> Tensor:
+    """y [rows, out] in x's shape, [..., out]: no view to autograd, so that a model may write to it in place."""
+    out: Tensor = torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))
+    return out
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b in `product_dtype`. x: [..., in]; weight [out, in] and bias [out] of its dtype. Differentiable once.
 
@@ -143,7 +149,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(weight, x if weight.requires_grad else None)  # type: ignore[arg-type]
         rows = x.reshape(-1, x.shape[-1])
         y = times_transposed(rows.to(product_dtype(x, len(rows))), weight, bias)
-        return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
+        return unflattened(y.to(x.dtype), x)
 
     @staticmethod
     @once_differentiable
