@@ -13,6 +13,8 @@ from torch import Tensor
 from trimtab.ops import products
 from trimtab.ops.products import FEW, linear, product, product_dtype, quicker_than_torch, times, times_transposed
 
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
 
 def test_narrow_products_are_wide_where_the_machine_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "COMPUTED_ON_CPU", {torch.bfloat16})
@@ -70,6 +72,7 @@ def test_biases_of_any_stride(library: str) -> None:
         torch.testing.assert_close(product(a, b, own), a @ b.T + own)
 
 
+@needs_onednn
 def test_a_library_is_chosen_by_dtype_device_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
     own = F.linear
@@ -106,13 +109,12 @@ def test_a_weight_made_wide_in_parts_gives_the_products_of_the_whole(
     draw = torch.Generator().manual_seed(0)
     W = KINDS[kind](torch.randn(64, 24, generator=draw).bfloat16())
     b = torch.randn(64, generator=draw).bfloat16()
-    x, g, more = (torch.randn(s, generator=draw) for s in ((9, 24), (9, 64), (9, 24)))
+    x, g = (torch.randn(s, generator=draw) for s in ((9, 24), (9, 64)))
     wide = W.double()
     for ours, true in (
         (times_transposed(x, W), x.double() @ wide.T),
         (times_transposed(x, W, b), x.double() @ wide.T + b.double()),
         (times(g, W), g.double() @ wide),
-        (times(g, W, more.clone()), g.double() @ wide + more.double()),
     ):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours.double(), true, rtol=1e-5, atol=1e-5)
@@ -122,12 +124,11 @@ def test_a_weight_made_wide_in_parts_gives_the_products_of_the_whole(
 def test_strides_do_not_matter(kind: str, library: str) -> None:
     draw = torch.Generator().manual_seed(0)
     W, b = KINDS[kind](torch.randn(64, 24, generator=draw)), torch.randn(64, generator=draw)
-    x, g, more = (torch.randn(s, generator=draw) for s in ((9, 24), (9, 64), (9, 24)))
+    x, g = (torch.randn(s, generator=draw) for s in ((9, 24), (9, 64)))
     for ours, true in (
         (product(x, W, b), x.double() @ W.double().T + b.double()),
         (product(g.T, x.T), g.double().T @ x.double()),
         (times(g, W), g.double() @ W.double()),
-        (times(g, W, more.clone()), g.double() @ W.double() + more.double()),
     ):
         torch.testing.assert_close(ours.double(), true, rtol=1e-5, atol=1e-5)
 

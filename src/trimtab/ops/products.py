@@ -46,7 +46,7 @@ NARROW = (torch.bfloat16, torch.float16)
 COMPUTED_ON_CPU = _computed_on_cpu()
 BY_ONEDNN = _onednn_is_quicker()
 FEW = 4
-"""Rows up to which making a matrix wide takes longer than the slow product does."""
+"""Rows up to which what is done around a product takes longer than the slow product does."""
 LEAST = 2**20
 """Multiplications up to which calling oneDNN takes longer than it gains."""
 
@@ -91,11 +91,11 @@ def times_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     return y if bias is None else y.add_(bias)
 
 
-def times(g: Tensor, weight: Tensor, added_to: Tensor | None = None) -> Tensor:
-    """g W in g's dtype. g: [rows, out]. weight: [out, in]; no gradient. added_to: [rows, in], added to in place."""
+def times(g: Tensor, weight: Tensor) -> Tensor:
+    """g W in g's dtype. g: [rows, out]. weight: [out, in], perhaps narrower; no gradient."""
     if weight.dtype == g.dtype:
-        return product(g, weight.T) if added_to is None else added_to.addmm_(g, weight)
-    made = g.new_zeros(len(g), weight.shape[1]) if added_to is None else added_to
+        return product(g, weight.T)
+    made = g.new_zeros(len(g), weight.shape[1])
     for rows, part in _wide_parts(weight, g.dtype):
         made.addmm_(g[:, rows], part)
     return made
