@@ -11,6 +11,7 @@ import torch
 
 import trimtab
 from tiny_training import make_examples, make_llama
+from trimtab.data.encode import Example
 from trimtab.errors import UsageError
 from trimtab.train.loss import causal_loss, mean_loss
 from trimtab.train.packing import packing_for
@@ -44,6 +45,16 @@ def test_the_mean_training_loss_is_over_tokens(run):
     assert result.train_loss == pytest.approx(by_token)
     assert len(set(counts)) > 1
     assert result.supervised_tokens == sum(counts)
+
+
+def test_examples_with_nothing_to_learn_change_nothing(run, caplog):
+    wanted, *_ = run(batch_size=1, shuffle=False)
+    silent = Example([1, 2, 3], [True, False, False], 99, 0, False)
+    with caplog.at_level("INFO", logger="trimtab"):
+        got, result, _ = run(examples=[silent, *make_examples(), silent], batch_size=1, shuffle=False)
+    assert "2 of 12 examples have no supervised token" in caplog.text
+    assert result.steps == 10
+    assert all(torch.equal(got[key], wanted[key]) for key in wanted)
 
 
 @pytest.mark.parametrize(

@@ -159,12 +159,6 @@ def test_a_batch_without_targets_has_loss_zero_and_gradients_of_zero(adapter):
     assert gradient(adapter, loss).abs().max() == 0
 
 
-def test_examples_with_nothing_to_learn_take_no_computation(examples):
-    silent = Example([1, 2, 3], [True, False, False], 99, 0, False)  # a first token is never predicted
-    parts = micro_batches([silent, *examples], range(3), Settings(), PAD)
-    assert [part.examples for part in parts] == [(1, 2)]
-
-
 def test_evaluation_is_the_mean_over_tokens_and_not_over_batches(llama, examples):
     batches = eval_batches(examples, Settings(batch_size=3), PAD)
     assert len(batches) == 4

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiny_training import make_examples
+from trimtab.data.encode import Example
 from trimtab.errors import UsageError
 from trimtab.train.plan import Plan, eval_batches
 from trimtab.train.settings import Settings
@@ -91,6 +92,17 @@ def test_examples_without_a_target_are_refused():
         Plan.of(silent, Settings(), 1.0)
     with pytest.raises(UsageError, match="none of the 3 evaluation examples"):
         eval_batches(silent, Settings(), 0)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_examples_with_nothing_to_learn_are_in_no_step(batch_size):
+    made = make_examples(10)
+    for i in (0, 4, 7):  # a first token is never predicted
+        made[i] = Example([1, 2, 3], [True, False, False], i + 1, 0, False)
+    plan = Plan.of(made, Settings(batch_size=batch_size), 1.0)
+    chosen = [plan.batch(step) for step in range(1, plan.steps + 1)]
+    assert plan.steps == math.ceil(7 / batch_size)
+    assert sorted(i for step in chosen for i in step) == [1, 2, 3, 5, 6, 8, 9]
 
 
 def test_every_wrong_setting_is_named_at_once():

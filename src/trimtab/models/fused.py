@@ -89,13 +89,14 @@ class QuickLinear:
 
 class Rotary:
     """Queries and keys rotated as `own` does, a function of transformers' with this signature that turns whole heads by
-    halves. What it does with an angle for a part of a head is left to itself."""
+    halves. What it does with an angle for a part of a head, or with angles of more bits, is left to itself."""
 
     def __init__(self, own: Any) -> None:
         self.own = own
 
     def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-        if not cos.shape[-1] == q.shape[-1] == k.shape[-1]:
+        whole = cos.shape[-1] == q.shape[-1] == k.shape[-1]
+        if not (whole and cos.dtype == sin.dtype == q.dtype == k.dtype):
             turned: tuple[Tensor, Tensor] = self.own(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
             return turned
         cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)

@@ -143,6 +143,8 @@ def fit(
         packing = packing_for(adapter, settings.packing, [*examples, *eval_examples], loss, build)
     log.info("packing: %s, %s", packing.name, packing.reason)
     plan = Plan.of(examples, settings, adapter.method.default_lr, by_length=packing.name == "pad")
+    if silent := len(examples) - len(plan.useful):
+        log.info("%d of %d examples have no supervised token, and are left out", silent, len(examples))
     evaluation = eval_batches(eval_examples, settings, packing, pad_id)
     parameters, optimizer = adapter.parameters(), _optimizer(adapter, plan.base_lr, settings)
     identity = run_identity(adapter, settings, examples, eval_examples)

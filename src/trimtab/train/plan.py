@@ -16,8 +16,12 @@ from trimtab.train.settings import Settings
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Which examples each step takes and at what rate; from the settings alone, so a resumed run has the same."""
+    """Which examples each step takes and at what rate; from the settings alone, so a resumed run has the same.
 
+    useful: the examples with something supervised; the others are in no step. lengths: theirs, in tokens.
+    """
+
+    useful: tuple[int, ...]
     lengths: tuple[int, ...]
     settings: Settings
     base_lr: float
@@ -29,20 +33,21 @@ class Plan:
     @staticmethod
     def of(examples: Sequence[Example], settings: Settings, default_lr: float, *, by_length: bool = True) -> Plan:
         """by_length: batches of similar length, for padding. UsageError when there is nothing to learn from."""
-        if not any(example.targets for example in examples):
+        useful = tuple(i for i, example in enumerate(examples) if example.targets)
+        if not useful:
             raise UsageError(
                 f"none of the {len(examples)} examples has a supervised token: there is nothing to train on"
             )
-        per_epoch = math.ceil(len(examples) / settings.batch_size)
+        per_epoch = math.ceil(len(useful) / settings.batch_size)
         steps = max(1, math.ceil(settings.epochs * per_epoch - 1e-9))
         steps = min(steps, settings.max_steps or steps)
-        lengths = tuple(len(example.input_ids) for example in examples)
-        return Plan(lengths, settings, settings.lr or default_lr, by_length, per_epoch, steps)
+        lengths = tuple(len(examples[i].input_ids) for i in useful)
+        return Plan(useful, lengths, settings, settings.lr or default_lr, by_length, per_epoch, steps)
 
     def batch(self, step: int) -> list[int]:
         """The examples of optimizer step `step`, counted from 1."""
         epoch, place = divmod(step - 1, self.steps_per_epoch)
-        return self._epoch(epoch)[place]
+        return [self.useful[i] for i in self._epoch(epoch)[place]]
 
     def _epoch(self, epoch: int) -> list[list[int]]:
         if epoch not in self._order:  # one epoch is kept: shuffling anew at each step would take longer than the step
@@ -76,9 +81,9 @@ class Plan:
 def micro_batches(
     examples: Sequence[Example], chosen: Sequence[int], settings: Settings, packing: Packing, pad_id: int = 0
 ) -> list[Batch]:
-    """The examples of one step, as batches of at most `micro_batch`; those with nothing supervised are left out."""
-    useful = [examples[i] for i in chosen if examples[i].targets]
-    return _cut(useful, settings.micro_batch or settings.batch_size, packing.build, pad_id)
+    """The examples of one step, as batches of at most `micro_batch`."""
+    own = [examples[i] for i in chosen]
+    return _cut(own, settings.micro_batch or settings.batch_size, packing.build, pad_id)
 
 
 def eval_batches(examples: Sequence[Example], settings: Settings, packing: Packing, pad_id: int = 0) -> list[Batch]:
