@@ -130,6 +130,40 @@ def test_modules_of_one_class_that_compute_different_things_are_told_apart() -> 
             torch.testing.assert_close(module(x), y)
 
 
+class Dropping(nn.Module):
+    """A gated layer that drops out, by a child or by a function, of what is between its projections."""
+
+    def __init__(self, p: float, *, child: bool) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 4)
+        self.act_fn, self.p = nn.SiLU(), 0.0 if child else p
+        self.dropout = nn.Dropout(p if child else 0.0)
+
+    def forward(self, x):
+        h = self.dropout(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(nn.functional.dropout(h, self.p, training=self.training))
+
+
+@pytest.mark.parametrize("child", [True, False])
+def test_dropout_inside_a_gated_layer_stays(child: bool) -> None:
+    model = nn.ModuleList([Dropping(0.0, child=child), Dropping(0.5, child=child)])
+    assert model.training
+    state = torch.get_rng_state()
+    with fused(model) as count:
+        assert count == 1
+        assert type(model[1]) is Dropping
+        assert all(module.training for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_adapters_dropout_does_not_stand_in_the_way() -> None:
+    model = built("llama")
+    trimtab.attach(model, trimtab.LoRA(rank=2, dropout=0.5))
+    model.train()
+    with fused(model) as count:
+        assert count == 7
+
+
 class DownFirst(nn.Module):
     """A gated layer whose children stand in another order."""
 
@@ -149,6 +183,21 @@ def test_the_order_of_the_children_says_nothing() -> None:
     with fused(model) as count:
         assert count == 1
         torch.testing.assert_close(model(x), plain)
+
+
+def test_a_model_that_rotates_by_angles_of_more_bits_computes_what_it_did() -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = transformers.Olmo2Config(**sizes, num_attention_heads=4, pad_token_id=0)
+    model = transformers.Olmo2ForCausalLM(config).eval().to(torch.bfloat16)
+    adapter = trimtab.attach(model, trimtab.LoRA(rank=2))
+    plain = gradients(model, adapter)
+    with fused(model):
+        ours = gradients(model, adapter)
+    for own, leaner in zip(plain, ours, strict=True):
+        torch.testing.assert_close(leaner, own, rtol=0.1, atol=0.05 * float(own.abs().max()))
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", "glm", "gpt_oss"])

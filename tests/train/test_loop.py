@@ -230,6 +230,10 @@ def test_the_callers_mode_and_random_state_come_back(llama, examples):
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in llama.modules()] == modes
     assert not any(getattr(module, "gradient_checkpointing", False) for module in llama.modules())
+    adapter.remove()
+    for parameter in llama.parameters():
+        parameter.requires_grad_(False)
+    assert not llama(torch.tensor([[1, 2]])).logits.requires_grad  # no hook is left on its embeddings
 
 
 def test_gradient_checkpointing_that_was_on_stays_on(llama, examples):

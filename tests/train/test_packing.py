@@ -13,6 +13,7 @@ from trimtab.data.encode import Example
 from trimtab.data.pack import pack, pack_shared
 from trimtab.errors import UsageError
 from trimtab.models.attention import NAME, attending_by_tree, seeing, why_no_tree
+from trimtab.models.readout import readout_of
 from trimtab.ops import products
 from trimtab.train.loss import causal_loss
 from trimtab.train.packing import PAD, dropout_of, leaks, packing_for
@@ -253,6 +254,19 @@ def test_a_model_attending_by_tree_still_takes_padded_batches() -> None:
         before = causal_loss(model, batch)
         with attending_by_tree(model):
             assert causal_loss(model, batch) == pytest.approx(before.item(), rel=1e-6)
+
+
+def test_a_model_attending_by_tree_is_itself_without_one() -> None:
+    model = made("gemma2")  # soft caps, which torch's own attention does not take
+    adapter, ids, found = adapted(model), torch.tensor([[3, 4, 5]]), []
+    trimtab.fit(
+        adapter,
+        make_examples(),
+        Settings(batch_size=4, max_steps=1, packing="tree"),
+        on_step=lambda _report: found.append(model(ids).logits.detach()),
+    )
+    torch.testing.assert_close(found[0], model(ids).logits.detach())
+    assert readout_of(model) is not None
 
 
 def test_models_that_cannot_tell_packed_examples_apart_are_known() -> None:

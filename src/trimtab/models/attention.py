@@ -1,11 +1,12 @@
 """Prefix trees through transformers' attention interface, so that any model that uses it takes packed rows.
 
 Two functions are registered under one name: a mask function that hands the tree of the row to every layer in the mask's
-place, and an attention function that attends by it. Without a tree they do what "sdpa" does.
+place, and an attention function that attends by it. Without a tree they do what the model did before.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -28,19 +29,25 @@ PAIRS = 5
 FP32_EPS = torch.finfo(torch.float32).eps
 
 _tree: ContextVar[Tree | None] = ContextVar("tree", default=None)
+_usual: ContextVar[str] = ContextVar("usual", default="sdpa")
 
 
 @contextmanager
 def attending_by_tree(model: Any) -> Iterator[None]:
     """Within the block the model's attention takes trees; backward passes belong into it too."""
+    if attends_by_tree(model):
+        yield
+        return
     _register()
     parts = {"": model.config, **{key: getattr(model.config, key, None) for key in model.config.sub_configs}}
     before = {key: part._attn_implementation for key, part in parts.items() if part is not None}
+    token = _usual.set(_text_config(model)._attn_implementation)
     model.set_attn_implementation(NAME)
     try:
         yield
     finally:
         model.set_attn_implementation(before)
+        _usual.reset(token)
 
 
 def attends_by_tree(model: Any) -> bool:
@@ -138,10 +145,10 @@ def _register() -> None:
 
 def _mask(*args: Any, **kwargs: Any) -> Any:
     """The mask of a forward pass: the tree of its row, or the usual one."""
-    from transformers.masking_utils import sdpa_mask
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     tree = _tree.get()
-    return sdpa_mask(*args, **kwargs) if tree is None else tree
+    return ALL_MASK_ATTENTION_FUNCTIONS[_usual.get()](*args, **kwargs) if tree is None else tree
 
 
 def _attend(
@@ -157,11 +164,9 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """transformers' contract: query [1, heads, N, width] and so on to [1, N, heads, width]."""
     if not isinstance(attention_mask, Tree):
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
         extra = {} if softcap is None else {"softcap": softcap}
         options = {"dropout": dropout, "scaling": scaling, **extra, **others}
-        usual: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        usual: tuple[Tensor, None] = _usual_of(module)(module, query, key, value, attention_mask, **options)
         return usual
     unserved = [key for key in UNSERVED if others.get(key) is not None]
     if unserved:
@@ -172,3 +177,11 @@ def _attend(
         )
     out = tree_attention(query[0], key[0], value[0], attention_mask, scale=scaling, dropout=dropout, soft_cap=softcap)
     return out.transpose(0, 1).unsqueeze(0), None
+
+
+def _usual_of(module: nn.Module) -> Any:
+    """The attention function that the module took before; eager attention stands in the file of its model."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    eager = getattr(sys.modules[original_class(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(_usual.get(), eager)

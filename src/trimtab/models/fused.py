@@ -26,7 +26,8 @@ from trimtab.ops.products import linear, quicker_than_torch
 from trimtab.ops.rms_norm import rms_norm
 from trimtab.ops.rotary import rotate
 
-GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+GATED = (*PROJECTIONS, "act_fn")
 """The children of a gated feed-forward layer, as transformers' models name them."""
 EPSILONS = ("variance_epsilon", "eps")
 """What transformers' models call the ε of a norm."""
@@ -137,29 +138,29 @@ def _form_of(module: nn.Module, verdicts: dict[Any, type | None]) -> type | None
         return QuickLinear
     forms: tuple[type, ...]
     if _looks_gated(module):
-        act = cast("nn.Module", module.act_fn)
-        forms, weight, kind = (SwiGLULayer, GatedLayer), cast("Any", module.gate_proj).weight, _kind(act)
+        forms, weight = (SwiGLULayer, GatedLayer), cast("Any", module.gate_proj).weight
     elif _looks_like_a_norm(module):
-        forms, weight, kind = (RMSNormLayer, RMSNormLayerFromOne), module.weight, ()
+        forms, weight = (RMSNormLayer, RMSNormLayerFromOne), module.weight
     else:
         return None
-    kind = (*_kind(module), *kind)
+    kind = _kind(module)
     if kind not in verdicts:
         verdicts[kind] = next((form for form in forms if _computes(module, form, cast("Tensor", weight))), None)
     return verdicts[kind]
 
 
 def _kind(module: nn.Module) -> tuple[Any, ...]:
-    """What tells modules apart that compute differently: class, and attributes that are no modules or parameters."""
+    """What tells modules apart that compute differently: class, attributes, and children but for the projections."""
     own = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
     told = ((name, value if isinstance(value, PLAIN) else id(value)) for name, value in own.items())
-    return original_class(module), *told
+    children = ((name, *_kind(child)) for name, child in module.named_children() if name not in PROJECTIONS)
+    return original_class(module), *told, *children
 
 
 def _looks_gated(module: nn.Module) -> bool:
     if not all(hasattr(module, name) for name in GATED) or not _takes_one(module):
         return False
-    projections = [isinstance(getattr(module, name), nn.Linear) for name in GATED[:3]]
+    projections = [isinstance(getattr(module, name), nn.Linear) for name in PROJECTIONS]
     return all(projections) and not any(True for _ in cast("nn.Module", module.act_fn).parameters())
 
 
@@ -180,23 +181,36 @@ def _epsilon(module: nn.Module) -> float:
 
 @torch.no_grad()
 def _computes(module: nn.Module, form: type, like: Tensor) -> bool:
-    """Whether the form gives what the module does. like: the weight that reads its input, [..., width]."""
+    """Whether the form gives what the module does, in training too: what drops out is something else.
+
+    like: the weight that reads its input, [..., width].
+    """
     draw = torch.Generator().manual_seed(0)
     # Of three sizes, so that an ε shows.
     x = (torch.randn(3, like.shape[-1], generator=draw) * torch.tensor([[1.0], [1e-1], [1e-3]])).to(like)
     kind, trained = type(module), like.requires_grad
-    with modes_kept(module):
-        module.eval()  # no dropout in the way
+    with modes_kept(module), torch.random.fork_rng():
         like.requires_grad_(False)
         try:
-            own = module(x)
+            own = _in_both_modes(module, x)
             module.__class__ = subclass(kind, form)
-            return _same(own, module(x))
+            return _same(own, _in_both_modes(module, x))
         except TRIAL_FAILURES as error:
             return _is_no_answer(error)
         finally:
             module.__class__ = kind
             like.requires_grad_(trained)
+
+
+def _in_both_modes(module: nn.Module, x: Tensor) -> Tensor:
+    """[2, ...]: what the module gives in evaluation and in training, its projections without an adapter's dropout."""
+    found = []
+    for training in (False, True):
+        module.train(training)
+        for name in PROJECTIONS:
+            getattr(module, name, nn.Identity()).eval()
+        found.append(module(x))
+    return torch.stack(found)
 
 
 @torch.no_grad()

@@ -40,6 +40,7 @@ def _gradient_checkpointing(model: Any, wanted: bool) -> Iterator[None]:
     if not wanted or getattr(model, f"is_{name}", False):
         yield
         return
+    hooked = bool(getattr(model, "_require_grads_hooks", None))
     try:
         getattr(model, f"{name}_enable")({"use_reentrant": False})
     except (AttributeError, ValueError) as error:
@@ -50,6 +51,8 @@ def _gradient_checkpointing(model: Any, wanted: bool) -> Iterator[None]:
         yield
     finally:
         getattr(model, f"{name}_disable")()
+        if not hooked:  # for an adapter's sake transformers makes the embeddings' output require a gradient
+            getattr(model, "disable_input_require_grads", lambda: None)()
 
 
 @contextmanager

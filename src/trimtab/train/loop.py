@@ -197,7 +197,7 @@ def fit(
 @contextmanager
 def _set_up(model: nn.Module, settings: Settings, packing: Packing) -> Iterator[None]:
     """The model as training needs it: its mode, leaner layers, attention that takes the batches."""
-    with training_mode(model, settings), fused(model), packing.on(model), memory_advice(settings):
+    with memory_advice(settings), training_mode(model, settings), fused(model), packing.on(model):
         yield
 
 
