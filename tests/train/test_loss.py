@@ -152,6 +152,44 @@ def test_logits_a_little_off_are_not_taken_for_the_heads(llama, caplog):
     assert "its logits are not its head's" in caplog.text
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cap_that_small_logits_do_not_show_is_seen(llama, dtype):
+    own = llama.to(dtype).forward
+
+    def forward(*given, **named):
+        out = own(*given, **named)
+        out.logits = 30 * torch.tanh(out.logits / 30)
+        return out
+
+    with torch.no_grad():
+        llama.lm_head.weight.mul_(1e-2)
+    llama.forward = forward
+    assert readout_of(llama) is None
+
+
+@pytest.mark.parametrize("value", [-torch.inf, torch.finfo(torch.float32).min])
+def test_a_logit_that_is_never_taken_is_in_the_loss(llama, value):
+    own = llama.forward
+
+    def forward(*given, **named):
+        out = own(*given, **named)
+        out.logits = torch.where(torch.arange(out.logits.shape[-1]) == 3, value, out.logits)
+        return out
+
+    llama.forward = forward
+    assert readout_of(llama) is None
+
+
+def test_an_adapter_of_the_head_that_is_not_active_takes_no_part(llama, examples):
+    batch = pad(examples, 0)
+    first = trimtab.attach(llama, trimtab.LoRA(rank=2), targets=["lm_head"], name="first")
+    alone = gradient(first, causal_loss(llama, batch))
+    second = trimtab.attach(llama, trimtab.LoRA(rank=2), targets=["lm_head"], name="second")
+    second.disable()
+    first.enable()
+    assert torch.equal(gradient(first, causal_loss(llama, batch)), alone)
+
+
 def test_a_batch_without_targets_has_loss_zero_and_gradients_of_zero(adapter):
     silent = pad([Example([1, 2, 3], [True, False, False], 1, 0, False)], 0)
     loss = causal_loss(adapter.model, silent)
