@@ -19,12 +19,13 @@ from trimtab.data.pack import pack, pack_shared
 from trimtab.deltas.layout import original_class
 from trimtab.errors import UsageError, ran_out_of_memory
 from trimtab.models.attention import attending_by_tree, why_no_tree
+from trimtab.models.readout import readout_of
 from trimtab.ops.products import NARROW
 from trimtab.train.loss import Loss, causal_loss
 
 Build = Callable[[Sequence[Any], int], Batch]
 """Makes a batch of examples, with the id of the padding token."""
-LEAK = 1e-4  # of the logits' size: a true mask leaves no trace at all, a missing one some hundredths
+LEAK = 1e-4  # of the outputs' size: a true mask leaves no trace at all, a missing one some hundredths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,20 +135,22 @@ def leaks(model: nn.Module, longest: int = 4) -> bool:
     first_parameter = next(model.parameters())
     device, length, drawn = first_parameter.device, max(longest, 4), torch.Generator().manual_seed(0)
     *before, last = torch.randint(1, 7, (3, length), generator=drawn).tolist()  # tokens that every model has
+    readout = readout_of(model)  # hidden states are far smaller than logits
+    compute = readout.hidden if readout is not None else lambda **inputs: model(**inputs, use_cache=False).logits
     outputs = []
     with modes_kept(model):
         model.eval()
-        alone = model(input_ids=torch.tensor([last], device=device), use_cache=False).logits[:, :-1].float()
+        alone = compute(input_ids=torch.tensor([last], device=device))[:, :-1].float()
         for first in before:
             examples = [Example(ids, [True] * length, 1, 0, False) for ids in (first, last)]
             batch = pack(examples).to(device)
             try:
-                logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+                packed = compute(input_ids=batch.input_ids, position_ids=batch.position_ids)
             except (IndexError, RuntimeError) as error:
                 if ran_out_of_memory(error):
                     raise
                 return True  # it counts positions of its own, and has none left for the second example
-            outputs.append(logits[:, length - 1 :].float())  # a last token is not read
+            outputs.append(packed[:, length - 1 :].float())  # a last token is not read
     rounding = 0.1 if first_parameter.dtype in NARROW else 1e-3  # of a row of another length; what is missing is more
     seen = (outputs[0] - outputs[1]).abs().max() > LEAK * alone.abs().max()
     return bool(seen or (outputs[0] - alone).norm() > rounding * alone.norm())
