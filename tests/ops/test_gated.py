@@ -50,3 +50,17 @@ def test_no_other_tensor_is_taken_for_one() -> None:
     assert parts_of(gated(g, u, F.silu) * 1.0) is None
     with torch.no_grad():
         assert parts_of(gated(g, u, F.silu)) is None
+
+
+def test_one_that_was_written_to_is_made_again_for_no_one() -> None:
+    A, B, W = drawn(2, 6, seed=2).requires_grad_(), drawn(5, 2, seed=3).requires_grad_(), drawn(5, 6, seed=4)
+    found = []
+    for activate in (lambda g, u: F.silu(g) * u, lambda g, u: gated(g, u, F.silu)):
+        g, u = drawn(7, 6).requires_grad_(), drawn(7, 6, seed=1).requires_grad_()
+        h = activate(g, u)
+        h.mul_(2.0)
+        assert parts_of(h) is None
+        y = lora_linear(h, W, None, A, B, 0.5)
+        found.append(torch.autograd.grad(y.square().sum(), (g, u, A, B)))
+    for true, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, true, rtol=1e-10, atol=1e-10)

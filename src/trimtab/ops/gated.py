@@ -52,14 +52,14 @@ def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
     recipe = Recipe(activation)
     h: Tensor = _Gated.apply(gate, up, recipe)  # type: ignore[no-untyped-call]
     if torch.is_grad_enabled():
-        setattr(h, _PARTS, (recipe, gate, up))
+        setattr(h, _PARTS, (h._version, (recipe, gate, up)))
     return h
 
 
 def parts_of(h: Tensor) -> Parts | None:
-    """What a result of `gated` was made of; None for any other tensor."""
-    found: Parts | None = getattr(h, _PARTS, None)
-    return found
+    """What a result of `gated` was made of; None for any other tensor, and for one written to since."""
+    version, parts = getattr(h, _PARTS, (0, None))
+    return parts if parts is not None and version == h._version else None
 
 
 class _Gated(torch.autograd.Function):
