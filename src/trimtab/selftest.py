@@ -189,7 +189,7 @@ def without_logits(model: nn.Module, method: Method, examples: list[Example], fo
     batch = pad(examples, 0).to(next(model.parameters()).device)
     with _trained(model, method) as adapter:
         ours = torch.autograd.grad(causal_loss(model, batch), adapter.parameters())
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids)
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
         chosen = logits.logits.flatten(0, 1)[batch.predictors].float()
         plain = torch.autograd.grad(cross_entropy(chosen, batch.targets, reduction="sum"), adapter.parameters())
     flat = [torch.cat([gradient.flatten().double() for gradient in found]) for found in (ours, plain)]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 import trimtab
-from tiny_training import VOCABULARY, make_llama
+from tiny_training import VOCABULARY, make_examples, make_llama
 from trimtab.data.batch import pad
 from trimtab.data.encode import Example
 from trimtab.errors import UsageError
@@ -188,6 +190,23 @@ def test_an_adapter_of_the_head_that_is_not_active_takes_no_part(llama, examples
     second.disable()
     first.enable()
     assert torch.equal(gradient(first, causal_loss(llama, batch)), alone)
+
+
+def test_a_model_that_counts_positions_in_a_way_of_its_own_does_so():
+    from transformers import RobertaConfig, RobertaForCausalLM
+
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    config = RobertaConfig(**sizes, num_attention_heads=4, is_decoder=True, pad_token_id=1, initializer_range=0.3)
+    torch.manual_seed(0)
+    model = RobertaForCausalLM(config).eval()  # the first token is at position 2
+    examples = [dataclasses.replace(e, input_ids=[5 if i == 1 else i for i in e.input_ids]) for e in make_examples()]
+    adapter = trimtab.attach(model, trimtab.LoRA(rank=2), targets=["query"])
+    for name in ("pad", "auto"):
+        packing = packing_for(adapter, name, examples)
+        (batch,) = micro_batches(examples, range(len(examples)), Settings(batch_size=len(examples)), packing, 1)
+        with torch.no_grad(), packing.on(model):
+            ours = causal_loss(model, batch).item() / batch.supervised_tokens
+        assert ours == pytest.approx(reference(model, examples).item(), rel=ROUNDING)
 
 
 def test_a_batch_without_targets_has_loss_zero_and_gradients_of_zero(adapter):

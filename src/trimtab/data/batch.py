@@ -23,8 +23,9 @@ POOL = 16  # batches whose examples are sorted by length together
 class Batch:
     """Examples as tensors, for one forward pass.
 
-    input_ids, position_ids: [rows, length] int64. attention_mask: [rows, length] int64, 1 on real tokens, of a padded
-    batch. tree: the shape of a packed row, which says what each token attends to.
+    input_ids: [rows, length] int64. attention_mask: [rows, length] int64, 1 on real tokens, of a padded batch, whose
+    tokens the model counts by itself. position_ids: [1, length] int64, of a packed row. tree: its shape, which says
+    what each token attends to.
     predictors, targets: [terms] int64, and weights: [terms] fp32: the terms of the loss. Position `predictors[t]` of
     the flattened tokens predicts `targets[t]`; a position of a tree may predict several. read: [n] int64, the
     positions that predict something, each once.
@@ -35,7 +36,7 @@ class Batch:
     """
 
     input_ids: Tensor
-    position_ids: Tensor
+    position_ids: Tensor | None
     attention_mask: Tensor | None
     tree: Tree | None
     predictors: Tensor
@@ -75,7 +76,7 @@ def pad(examples: Sequence[Example], pad_id: int) -> Batch:
     """
     need_some(examples)
     length = max(len(example.input_ids) for example in examples)
-    ids, mask, positions = [], [], []
+    ids, mask = [], []
     terms: dict[Term, int] = {}
     places = []
     for row, example in enumerate(examples):
@@ -83,12 +84,11 @@ def pad(examples: Sequence[Example], pad_id: int) -> Batch:
         rest = length - real
         ids.append(example.input_ids + [pad_id] * rest)
         mask.append([1] * real + [0] * rest)
-        positions.append([*range(real), *[0] * rest])
         places.append(range(row * length, row * length + real))
         add_terms(terms, example, places[-1])
     return Batch(
         torch.tensor(ids),
-        torch.tensor(positions),
+        None,
         torch.tensor(mask),
         None,
         *term_tensors(terms),

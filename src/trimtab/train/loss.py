@@ -45,9 +45,8 @@ def term_nats(model: nn.Module, batch: Batch) -> Tensor:
 
 def _at_predictors(compute: Callable[..., Tensor], model: nn.Module, batch: Batch, **others: Any) -> Tensor:
     """[terms, width]: what `compute` gives at the positions that predict something."""
-    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, **others}
-    if batch.attention_mask is not None:
-        inputs["attention_mask"] = batch.attention_mask
+    shape = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
+    inputs = {"input_ids": batch.input_ids, **{k: v for k, v in shape.items() if v is not None}, **others}
     with seeing(batch.tree if attends_by_tree(model) else None):
         return compute(**inputs).flatten(0, 1)[batch.predictors]
 
