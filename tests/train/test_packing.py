@@ -256,6 +256,28 @@ def test_a_model_attending_by_tree_still_takes_padded_batches() -> None:
             assert causal_loss(model, batch) == pytest.approx(before.item(), rel=1e-6)
 
 
+def by_length(kind: str):
+    if kind == "dynamic":
+        return made("llama", max_position_embeddings=8, rope_parameters={"rope_type": "dynamic", "factor": 2.0})
+    factors = {"short_factor": [1.0, 1.0], "long_factor": [3.0, 4.0]}
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 8, **factors}
+    return made("llama", rope_parameters=rope)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_angles_that_depend_on_the_rows_length_are_neither_packed_nor_padded_unsaid(kind: str, caplog) -> None:
+    adapter, examples = adapted(by_length(kind)), make_examples()
+    short = [example for example in examples if len(example.input_ids) <= 8]
+    assert packing_for(adapter, "auto", short).name == "tree"
+    assert packing_for(adapter, "auto", examples).name == "pad"
+    assert "rows of more than 8 tokens" in caplog.text
+    for name in ("tree", "pack"):
+        with pytest.raises(UsageError, match="rotates by other angles in rows of more than 8 tokens"):
+            packing_for(adapter, name, examples)
+    together, alone = (gradients(adapter, examples, "pad", together=whole)[0] for whole in (True, False))
+    assert together != pytest.approx(alone, rel=1e-4)  # were it the same, nothing would have to be said
+
+
 def test_a_model_attending_by_tree_is_itself_without_one() -> None:
     model = made("gemma2")  # soft caps, which torch's own attention does not take
     adapter, ids, found = adapted(model), torch.tensor([[3, 4, 5]]), []

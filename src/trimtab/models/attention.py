@@ -89,6 +89,19 @@ def why_no_tree(model: nn.Module, longest: int) -> str | None:
     return _tried(model, name)
 
 
+def rotates_alike_to(model: nn.Module) -> int | None:
+    """How many tokens a row may have before the angles of all depend on its length; None where they never do."""
+    config = _text_config(model)
+    given = getattr(config, "rope_parameters", None) or {}
+    limits = []
+    for kind in (given, *(own for own in given.values() if isinstance(own, dict))):  # of all layers, or by their type
+        if kind.get("rope_type") == "longrope":
+            limits.append(kind["original_max_position_embeddings"])
+        elif "dynamic" in str(kind.get("rope_type")):
+            limits.append(config.max_position_embeddings)
+    return min(limits, default=None)
+
+
 @torch.no_grad()
 def _tried(model: nn.Module, name: str) -> str | None:
     # Pairs of sequences that begin alike: each by itself, each as a tree of its own, and each pair as one tree.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,10 +19,12 @@ from trimtab.data.encode import Example
 from trimtab.data.pack import pack, pack_shared
 from trimtab.deltas.layout import original_class
 from trimtab.errors import UsageError, ran_out_of_memory
-from trimtab.models.attention import attending_by_tree, why_no_tree
+from trimtab.models.attention import attending_by_tree, rotates_alike_to, why_no_tree
 from trimtab.models.readout import readout_of
 from trimtab.ops.products import NARROW
 from trimtab.train.loss import Loss, causal_loss
+
+log = logging.getLogger("trimtab")
 
 Build = Callable[[Sequence[Any], int], Batch]
 """Makes a batch of examples, with the id of the padding token."""
@@ -77,6 +80,16 @@ def packing_of(
     its dropout; padding. UsageError when what was asked for by name would not be exact. With dropout, tree by name is
     allowed: examples that share a prefix then share what was dropped from it.
     """
+    longest = max((len(example.input_ids) for example in examples), default=0)
+    limit = rotates_alike_to(model)
+    if limit is not None and longest > limit:
+        reason = f"{original_class(model).__name__} rotates by other angles in rows of more than {limit} tokens"
+        if wanted in ("tree", "pack"):
+            raise UsageError(f"packing '{wanted}' would not be exact: {reason}, and the longest example has {longest}")
+        log.warning(
+            "%s: a shorter example beside a longer one is not computed as alone; with micro_batch 1 it is", reason
+        )
+        return dataclasses.replace(PAD, reason=reason)
     if wanted == "pad":
         return PAD
     if loss is not causal_loss:
@@ -87,7 +100,6 @@ def packing_of(
         if wanted != "auto":
             raise UsageError(f"packing '{wanted}' has no place for a soft prompt before each example: take 'pad'")
         return dataclasses.replace(PAD, reason="a soft prompt stands before each row")
-    longest = max((len(example.input_ids) for example in examples), default=0)
     why = why_no_tree(model, longest)
     if why is None:
         return _by_tree(wanted, dropout)
@@ -115,13 +127,14 @@ def _by_tree(wanted: str, dropout: float) -> Packing:
 
 
 def dropout_of(adapter: Adapter) -> float:
-    """The largest dropout probability in training, of the adapter or the model; 0 when nothing is dropped."""
+    """The largest probability of dropout, or size of noise, in training, of adapter or model; 0 where there is none."""
     model: Any = adapter.model
     config = model.config.get_text_config() if hasattr(model, "config") else None
     own = [getattr(delta.method, "dropout", 0.0) for delta in adapter.deltas.values()]
     layers = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
-    # What a module's forward hands to functional dropout, or leaves whole layers out by: its attributes say how much.
-    named = [float(v) for m in model.modules() for k, v in vars(m).items() if "drop" in k and isinstance(v, float)]
+    # What a module's forward hands to functional dropout, leaves whole layers out by, or makes noise with.
+    held = ((key, value) for module in model.modules() for key, value in vars(module).items())
+    named = [float(value) for key, value in held if isinstance(value, float) and ("drop" in key or "jitter" in key)]
     return max([0.0, *own, *layers, *named, float(getattr(config, "attention_dropout", None) or 0.0)])
 
 
