@@ -270,12 +270,18 @@ def test_angles_that_depend_on_the_rows_length_are_neither_packed_nor_padded_uns
     short = [example for example in examples if len(example.input_ids) <= 8]
     assert packing_for(adapter, "auto", short).name == "tree"
     assert packing_for(adapter, "auto", examples).name == "pad"
-    assert "rows of more than 8 tokens" in caplog.text
+    assert "with micro_batch 1 no example is padded" in caplog.text
     for name in ("tree", "pack"):
         with pytest.raises(UsageError, match="rotates by other angles in rows of more than 8 tokens"):
             packing_for(adapter, name, examples)
     together, alone = (gradients(adapter, examples, "pad", together=whole)[0] for whole in (True, False))
     assert together != pytest.approx(alone, rel=1e-4)  # were it the same, nothing would have to be said
+
+
+@pytest.mark.parametrize(("name", "exact"), [("llama", True), ("bloom", True), ("mamba", True), ("doge", False)])
+def test_a_model_that_sees_padding_is_known(name: str, exact: bool, caplog) -> None:
+    packing_for(adapted(made(name), "in_proj" if name == "mamba" else "all-linear"), "pad", make_examples(longest=40))
+    assert ("does not compute an example in a padded batch" in caplog.text) == (not exact)
 
 
 def test_a_model_attending_by_tree_is_itself_without_one() -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.module import modes_kept
@@ -80,26 +80,32 @@ def packing_of(
     its dropout; padding. UsageError when what was asked for by name would not be exact. With dropout, tree by name is
     allowed: examples that share a prefix then share what was dropped from it.
     """
-    longest = max((len(example.input_ids) for example in examples), default=0)
-    limit = rotates_alike_to(model)
-    if limit is not None and longest > limit:
-        reason = f"{original_class(model).__name__} rotates by other angles in rows of more than {limit} tokens"
-        if wanted in ("tree", "pack"):
-            raise UsageError(f"packing '{wanted}' would not be exact: {reason}, and the longest example has {longest}")
-        log.warning(
-            "%s: a shorter example beside a longer one is not computed as alone; with micro_batch 1 it is", reason
-        )
-        return dataclasses.replace(PAD, reason=reason)
-    if wanted == "pad":
-        return PAD
     if loss is not causal_loss:
-        if wanted != "auto":
+        if wanted not in ("auto", "pad"):
             raise UsageError(f"packing '{wanted}' is for the loss of causal models: a loss of your own takes 'pad'")
-        return dataclasses.replace(PAD, reason="a loss of your own reads padded batches")
+        return PAD if wanted == "pad" else dataclasses.replace(PAD, reason="a loss of your own reads padded batches")
+    lengths = [len(example.input_ids) for example in examples] or [0]
+    packing = PAD if wanted == "pad" else _exact(model, wanted, max(lengths), dropout)
+    if packing.name == "pad" and not pads_exactly(model, min(lengths), max(lengths)):
+        log.warning(
+            "%s does not compute an example in a padded batch as it does the example alone: with micro_batch 1 no "
+            "example is padded",
+            original_class(model).__name__,
+        )
+    return packing
+
+
+def _exact(model: nn.Module, wanted: str, longest: int, dropout: float) -> Packing:
     if has_prompt(model):
         if wanted != "auto":
             raise UsageError(f"packing '{wanted}' has no place for a soft prompt before each example: take 'pad'")
         return dataclasses.replace(PAD, reason="a soft prompt stands before each row")
+    limit = rotates_alike_to(model)
+    if limit is not None and longest > limit:
+        reason = f"{original_class(model).__name__} rotates by other angles in rows of more than {limit} tokens"
+        if wanted != "auto":
+            raise UsageError(f"packing '{wanted}' would not be exact: {reason}, and the longest example has {longest}")
+        return dataclasses.replace(PAD, reason=reason)
     why = why_no_tree(model, longest)
     if why is None:
         return _by_tree(wanted, dropout)
@@ -145,12 +151,9 @@ def leaks(model: nn.Module, longest: int = 4) -> bool:
 
     longest: tokens of the longest example. Some models can up to so many tokens, and not beyond.
     """
-    first_parameter = next(model.parameters())
-    device, length, drawn = first_parameter.device, max(longest, 4), torch.Generator().manual_seed(0)
+    device, length, drawn = next(model.parameters()).device, max(longest, 4), torch.Generator().manual_seed(0)
     *before, last = torch.randint(1, 7, (3, length), generator=drawn).tolist()  # tokens that every model has
-    readout = readout_of(model)  # hidden states are far smaller than logits
-    compute = readout.hidden if readout is not None else lambda **inputs: model(**inputs, use_cache=False).logits
-    outputs = []
+    compute, outputs = _outputs_of(model), []
     with modes_kept(model):
         model.eval()
         alone = compute(input_ids=torch.tensor([last], device=device))[:, :-1].float()
@@ -164,6 +167,37 @@ def leaks(model: nn.Module, longest: int = 4) -> bool:
                     raise
                 return True  # it counts positions of its own, and has none left for the second example
             outputs.append(packed[:, length - 1 :].float())  # a last token is not read
-    rounding = 0.1 if first_parameter.dtype in NARROW else 1e-3  # of a row of another length; what is missing is more
     seen = (outputs[0] - outputs[1]).abs().max() > LEAK * alone.abs().max()
-    return bool(seen or (outputs[0] - alone).norm() > rounding * alone.norm())
+    return bool(seen) or not _alike(model, outputs[0], alone)
+
+
+@torch.no_grad()
+def pads_exactly(model: nn.Module, shortest: int, longest: int) -> bool:
+    """Whether examples of `shortest` and more tokens are computed beside one of `longest` as they are alone."""
+    if shortest == longest:
+        return True
+    lengths = longest, (shortest + longest) // 2, shortest
+    device, drawn = next(model.parameters()).device, torch.Generator().manual_seed(0)
+    rows = torch.randint(1, 7, (len(lengths), longest), generator=drawn).tolist()
+    examples = [Example(ids[:length], [True] * length, 1, 0, False) for ids, length in zip(rows, lengths, strict=True)]
+    batch, compute = pad(examples, 0).to(device), _outputs_of(model)
+    with modes_kept(model):
+        model.eval()
+        beside = compute(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        for row, length in enumerate(lengths):
+            alone = compute(input_ids=batch.input_ids[row : row + 1, :length])
+            if not _alike(model, beside[row : row + 1, :length].float(), alone.float()):
+                return False
+    return True
+
+
+def _outputs_of(model: nn.Module) -> Callable[..., Tensor]:
+    """What a trial compares: hidden states, which are far smaller than logits, where they are known to make those."""
+    readout = readout_of(model)
+    return readout.hidden if readout is not None else lambda **inputs: model(**inputs, use_cache=False).logits
+
+
+def _alike(model: nn.Module, ours: Tensor, alone: Tensor) -> bool:
+    """Whether two results of rows of different lengths differ by rounding alone; what is missing or added is more."""
+    rounding = 0.1 if next(model.parameters()).dtype in NARROW else 1e-3
+    return bool((ours - alone).norm() <= rounding * alone.norm())
