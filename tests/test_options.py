@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from trimtab.options import convert, did_you_mean_option, from_mapping, helps, o
 class Sample:
     name: str = option(help="must be given")
     count: int = option(3, "how many")
+    seed: int = option(0, "of the draw", least=0)
     rate: float = option(0.5, "how fast")
     loud: bool = option(False, "or not")
     mode: Literal["a", "b"] = option("a", "which")
@@ -35,11 +37,12 @@ class Sample:
 samples = st.builds(
     Sample,
     name=st.text(max_size=8),
-    count=st.integers(),
+    count=st.integers(1 - 2**63, 2**63 - 1),
+    seed=st.integers(0, 2**63 - 1),
     rate=st.floats(allow_nan=False),
     loud=st.booleans(),
     mode=st.sampled_from(["a", "b"]),
-    limit=st.none() | st.integers(),
+    limit=st.none() | st.integers(1 - 2**63, 2**63 - 1),
     words=st.lists(st.text(max_size=5), max_size=3).map(tuple),
     scales=st.dictionaries(st.text(max_size=4), st.floats(allow_nan=False), max_size=3),
     parts=st.dictionaries(st.text(max_size=4), st.lists(st.booleans(), max_size=3).map(tuple), max_size=3),
@@ -59,7 +62,7 @@ def test_options_survive_yaml(sample: Sample) -> None:
     assert from_mapping(Sample, yaml.safe_load(yaml.safe_dump(plain)), "x") == sample
 
 
-@given(st.integers(), st.floats(allow_nan=False, allow_infinity=False))
+@given(st.integers(1 - 2**63, 2**63 - 1), st.floats(allow_nan=False, allow_infinity=False))
 def test_numbers_as_text_are_numbers_where_the_field_is_one(count: int, rate: float) -> None:
     made = from_mapping(Sample, {"name": "n", "count": str(count), "rate": repr(rate)}, "x")
     assert (made.count, made.rate) == (count, rate)
@@ -190,3 +193,18 @@ def test_files_that_share_their_ending_alone_are_not_alike() -> None:
     assert did_you_mean("nothing.jsonl", files) == ""
     assert did_you_mean("metric.jsonl", files) == "; did you mean metrics.jsonl?"
     assert "layers.0.q_proj" in did_you_mean("layers.0.q_prj", ["layers.0.q_proj"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "why"),
+    [
+        ("seed", -1, "seed is -1, but must be at least 0"),
+        ("seed", "-1", "seed is -1, but must be at least 0"),
+        ("seed", str(2**63), "must be below 2^63"),
+        ("count", 1e30, "must be below 2^63"),
+        ("limit", -(2**63), "must be below 2^63"),
+    ],
+)
+def test_a_number_out_of_range_is_named(key: str, value: Any, why: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(why)):
+        from_mapping(Sample, {"name": "x", key: value}, "sample")

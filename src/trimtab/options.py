@@ -17,15 +17,23 @@ from trimtab.errors import UsageError, did_you_mean, problems_to_error
 
 T = TypeVar("T")
 
+LARGEST = 2**63
+"""A whole number is smaller: seeds and sizes are kept in 64 bits."""
+
 
 def option(
-    default: Any = dataclasses.MISSING, help: str = "", *, factory: Any = dataclasses.MISSING, positional: bool = False
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    *,
+    factory: Any = dataclasses.MISSING,
+    positional: bool = False,
+    least: float | None = None,
 ) -> Any:
     """A dataclass field with its help text. Without a default the user must give it.
 
-    positional: on the command line it is given by its place and not by a flag.
+    positional: on the command line it is given by its place and not by a flag. least: what a number must be at least.
     """
-    about = {"help": help, "positional": positional}
+    about = {"help": help, "positional": positional, "least": least}
     return dataclasses.field(default=default, default_factory=factory, metadata=about)
 
 
@@ -47,7 +55,8 @@ def type_name(kind: Any) -> str:
 
 
 def convert(value: Any, kind: Any) -> Any:
-    """`value`, from YAML, JSON or Python, as the field type `kind`; ValueError when it is anything else.
+    """`value`, from YAML, JSON or Python, as the field type `kind`; ValueError when it is anything else, OverflowError
+    for a whole number of more than 64 bits.
 
     Text is read as a number only where the field is one; nothing else is coerced.
     """
@@ -88,11 +97,11 @@ def _convert_plain(value: Any, kind: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError
     if kind is int:
-        if isinstance(value, str | int):
-            return int(value)
-        if isinstance(value, float) and value.is_integer():
-            return int(value)
-        raise ValueError
+        if not isinstance(value, str | int) and not (isinstance(value, float) and value.is_integer()):
+            raise ValueError
+        if abs(int(value)) >= LARGEST:
+            raise OverflowError
+        return int(value)
     if kind is float and isinstance(value, str | int | float):
         number = float(value)
         if math.isnan(number):
@@ -128,8 +137,14 @@ def read_mapping(cls: type, mapping: Mapping[str, Any]) -> tuple[dict[str, Any],
             continue
         try:
             values[name] = convert(value, hints[name])
-        except (ValueError, OverflowError):
+        except OverflowError:
+            problems.append(f"{key} is {value!r}, but must be below 2^63")
+        except ValueError:
             problems.append(f"{key} is {value!r}, but must be {type_name(hints[name])}")
+        else:
+            least = fields[name].metadata.get("least")
+            if least is not None and values[name] is not None and values[name] < least:
+                problems.append(f"{key} is {value}, but must be at least {least}")
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in mapping and name.replace("_", "-") not in mapping:

@@ -218,6 +218,11 @@ def test_a_file_of_another_format_is_refused_by_name(tmp_path: Path, content: by
         read(write(tmp_path / "a.json", content))
 
 
+def test_a_file_that_is_not_what_its_ending_says_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"a\.jsonl\.gz is no gzip file"):
+        read(write(tmp_path / "a.jsonl.gz", lines(ALPACA).encode()))
+
+
 def test_a_truncated_gzip_file_is_refused(tmp_path: Path) -> None:
     whole = gzip.compress(lines(ALPACA).encode())
     with pytest.raises(FormatError, match="broken or truncated gzip"):

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import trimtab
-from tiny_training import make_examples, make_llama
+from tiny_training import VOCABULARY, make_examples, make_llama
+from trimtab.data.encode import Example
 from trimtab.errors import OutOfMemory, TrainingError, TrimtabError, UsageError
 from trimtab.files import StorageError
 from trimtab.train.checkpoint import checkpoints, save_checkpoint
@@ -224,6 +225,30 @@ def test_a_file_in_the_way_of_the_run_is_told(run, tmp_path):
     with pytest.raises(StorageError, match=r"cannot write .*metrics") as caught:
         run(tmp_path / "runs" / "one")
     assert caught.value.exit_code == 2
+
+
+def test_tokens_and_lengths_the_model_has_nothing_for_are_refused(examples, caplog):
+    from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM, RobertaConfig, RobertaForCausalLM
+
+    small = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 1}
+    wide = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    models = [
+        GPT2LMHeadModel(GPT2Config(**small, n_embd=16, n_layer=1, n_head=2, n_positions=12)),
+        OPTForCausalLM(OPTConfig(**small, **wide, ffn_dim=16, word_embed_proj_dim=16, max_position_embeddings=12)),
+        RobertaForCausalLM(RobertaConfig(**small, **wide, is_decoder=True, max_position_embeddings=14)),  # 2 unused
+    ]
+    other = Example([3, VOCABULARY], [True, True], 77, 0, False)
+    for model in models:
+        adapter = trimtab.attach(model, trimtab.LoRA(rank=2))
+        fitting = Example(list(range(2, 14)), [True] * 12, 1, 0, False)
+        trimtab.fit(adapter, [fitting], Settings(packing="pad"))
+        with pytest.raises(UsageError, match=r"has 13 tokens, but .* has positions for 12: lower max_length"):
+            trimtab.fit(adapter, [fitting, Example(list(range(13)), [True] * 13, 1, 0, False)])
+        with pytest.raises(UsageError, match=f"row 77 has token {VOCABULARY}, but .* has embeddings for {VOCABULARY}"):
+            trimtab.fit(adapter, [fitting], eval_examples=[other])
+    turning = make_llama(max_position_embeddings=12)
+    trimtab.fit(trimtab.attach(turning, trimtab.LoRA(rank=2)), examples)
+    assert "more than the 12 that LlamaForCausalLM was made for" in caplog.text
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 from trimtab.cli.flags import parse
 from trimtab.cli.plain_lines import PlainLines
 from trimtab.errors import UsageError
+from trimtab.models.dtypes import DTYPES
 from trimtab.options import from_mapping, option
 
 if TYPE_CHECKING:
@@ -52,10 +53,14 @@ class ModelName:
 class ModelFlags(ModelName):
     """Which model, and how to compute with it."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"] = option(
         "auto", "dtype to load the model in; auto takes bfloat16 only where this machine is quick at it"
     )
     threads: int | None = option(None, "CPU threads; by default measured")
+
+    def __post_init__(self) -> None:
+        full = {short: name for name, short in DTYPES.items()}
+        object.__setattr__(self, "dtype", full.get(self.dtype, self.dtype))  # so that a recipe says one of three
 
 
 def options(cls: type[T], name: str, summary: str, argv: Sequence[str], notes: str = "") -> tuple[T, Output]:

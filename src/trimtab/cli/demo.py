@@ -42,7 +42,7 @@ class DemoFlags(ModelFlags):
     test_functions: int = option(100, "functions of other modules to test on")
     rank: int = option(16, "rank of the LoRA")
     lr: float = option(3e-3, "learning rate, falling linearly to 0")
-    seed: int = option(0, "of the split, the adapter's start and the order of the data")
+    seed: int = option(0, "of the split, the adapter's start and the order of the data", least=0)
     out: str | None = option(None, "the run's folder; by default runs/demo-N")
 
 

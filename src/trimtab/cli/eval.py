@@ -36,7 +36,7 @@ class EvalFlags(ModelFlags):
         "likelihood", "likelihood takes the most probable choice, generation reads an answer from what the model writes"
     )
     limit: int | None = option(None, "ask so many questions of each task, drawn at random; by default all")
-    seed: int = option(0, "of the questions that --limit draws")
+    seed: int = option(0, "of the questions that --limit draws", least=0)
     data: str | None = option(None, "folder of the tasks' files; by default the one that TRIMTAB_DATA names")
     out: str | None = option(None, "folder for the result of each question; the same command again goes on from there")
     batch_size: int = option(8, "questions to one batch")

@@ -27,7 +27,7 @@ class GenerateFlags(ModelFlags):
     max_new_tokens: int = option(128, "longest answer in tokens")
     temperature: float = option(0.0, "0 takes the likeliest token; above 0 samples")
     batch_size: int | None = option(None, "prompts to one batch, for where memory is short; by default all at once")
-    seed: int = option(0, "of sampling")
+    seed: int = option(0, "of sampling", least=0)
 
 
 def run(name: str, summary: str, argv: list[str]) -> None:

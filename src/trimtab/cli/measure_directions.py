@@ -25,7 +25,7 @@ class DirectionsFlags(ModelName):
     reference: str | None = option(None, f"whose directions are to be predicted: {SOURCES}")
     directions: int = option(8, "s, the directions of each weight that are looked at")
     draws: int = option(100, "random changes of each weight that a null is made of")
-    seed: int = option(0, "of the random changes")
+    seed: int = option(0, "of the random changes", least=0)
     any_base: bool = option(False, ANY_BASE)
     out: str | None = option(None, "folder for results.json, projections.safetensors and the page report.html")
 

@@ -14,7 +14,7 @@ from trimtab.options import option
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MergeFlags(AdapterFlags):
     out: str = option(help="folder for the merged model")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"] = option(
         "auto", "dtype of the merged model; auto keeps the checkpoint's, float32 loses nothing of the change"
     )
 

@@ -25,9 +25,9 @@ def run(name: str, summary: str, argv: list[str]) -> None:
     load_libraries(screen)
     import logging
 
-    from trimtab.selftest import CHECKS, Check, selftest, tiny_model
+    from trimtab.selftest import CHECKS, Check, selftest
 
-    model: Any = load_model(flags, screen).model if flags.model else tiny_model()
+    model: Any = load_model(flags, screen).model if flags.model else _tiny(flags)
     logging.getLogger("trimtab").setLevel(logging.WARNING)  # every check attaches and merges anew
     done = 0
     with screen.progress("checking", "checks") as update:
@@ -47,3 +47,10 @@ def run(name: str, summary: str, argv: list[str]) -> None:
     if failed:
         raise TrimtabError(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
     screen.outcome(f"all {len(checks)} equivalences hold")
+
+
+def _tiny(flags: SelftestFlags) -> Any:
+    from trimtab.selftest import tiny_model
+    from trimtab.train.machine import choose
+
+    return tiny_model().to(choose(flags.threads, "float32" if flags.dtype == "auto" else flags.dtype).dtype)

@@ -113,7 +113,9 @@ def _read_file(path: Path, limit: int | None) -> tuple[str, list[Record]]:
     name, suffix = path.name, path.suffix.lower()
     data, packed = _unpacked(path)
     gzipped = " gzipped" if packed else ""
-    if packed and suffix == ".gz":
+    if suffix == ".gz":
+        if not packed:
+            raise FormatError(f"{name} is no gzip file, though its name says so; fetch it again, or rename it")
         suffix = path.with_suffix("").suffix.lower()
     if data.startswith(b"PAR1"):
         return "Parquet" + gzipped, _parquet(data, name, limit)

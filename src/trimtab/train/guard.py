@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from torch import nn
 
 from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.module import modes_kept
+from trimtab.data.encode import Example
 from trimtab.deltas.layout import original_class
-from trimtab.errors import OutOfMemory, TrainingError, UsageError, ran_out_of_memory
+from trimtab.errors import OutOfMemory, TrainingError, UsageError, problems_to_error, ran_out_of_memory
 from trimtab.train.checkpoint import Progress
 from trimtab.train.settings import Settings
 
@@ -69,6 +70,43 @@ def memory_advice(settings: Settings) -> Iterator[None]:
             f"out of memory: lower {advice}max_length or the rank, or turn on gradient_checkpointing; none but the "
             "rank and max_length changes the result"
         ) from error
+
+
+def refuse_examples(model: Any, examples: Sequence[Example]) -> None:
+    """UsageError for tokens the model has no embedding for, and for examples longer than the positions it learned."""
+    name, config = original_class(model).__name__, getattr(model, "config", None)
+    try:
+        words = model.get_input_embeddings().weight.shape[0]
+    except (AttributeError, NotImplementedError):
+        return
+    if not examples:
+        return  # which the plan refuses
+    problems = []
+    largest, row = max((max(example.input_ids, default=0), example.row) for example in examples)
+    if largest >= words:
+        problems.append(
+            f"row {row} has token {largest}, but {name} has embeddings for {words}: was it made by this model's "
+            "tokenizer?"
+        )
+    longest, row = max((len(example.input_ids), example.row) for example in examples)
+    limits = [learned for path, module in model.named_modules() if (learned := _positions(path, module)) is not None]
+    limit = min(limits, default=None)
+    made_for = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
+    if limit is not None and longest > limit:
+        problems.append(f"row {row} has {longest} tokens, but {name} has positions for {limit}: lower max_length")
+    elif made_for is not None and longest > made_for:
+        log.warning("row %d has %d tokens, more than the %d that %s was made for", row, longest, made_for, name)
+    problems_to_error(problems, "training data")
+
+
+def _positions(path: str, module: nn.Module) -> int | None:
+    """How many tokens a table of learned positions serves; None for any other module."""
+    last = path.rpartition(".")[2]
+    if not isinstance(module, nn.Embedding) or not ("position" in last or last == "wpe"):
+        return None
+    # Some count from behind their padding's place, some from an offset of their own.
+    before = getattr(module, "offset", 0 if module.padding_idx is None else module.padding_idx + 1)
+    return module.num_embeddings - int(before)
 
 
 class LastGood:

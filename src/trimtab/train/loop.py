@@ -39,6 +39,7 @@ from trimtab.train.guard import (
     all_finite,
     memory_advice,
     not_finite,
+    refuse_examples,
     training_mode,
     warn_of_divergence,
     warn_of_stillness,
@@ -139,6 +140,9 @@ def fit(
     model = adapter.model
     out = Path(out) if out is not None else None
     _refuse(adapter, settings, eval_examples, out, resume, loss, build)
+    if loss is causal_loss:
+        refuse_not_causal(model)
+        refuse_examples(model, [*examples, *eval_examples])
     with memory_advice(settings):
         packing = packing_for(adapter, settings.packing, [*examples, *eval_examples], loss, build)
     log.info("packing: %s, %s", packing.name, packing.reason)
@@ -299,8 +303,6 @@ def _refuse(
     if build is not pad and loss is causal_loss:
         problems.append("build is for a loss of one's own: give loss too")
     problems_to_error(problems, "training")
-    if loss is causal_loss:
-        refuse_not_causal(adapter.model)
 
 
 def _optimizer(adapter: Adapter, lr: float, settings: Settings) -> torch.optim.Optimizer:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from trimtab.deltas.method import positive
 from trimtab.errors import problems_to_error
-from trimtab.options import option
+from trimtab.options import LARGEST, option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Settings:
         None, "write a checkpoint to resume from every so many steps; by default every five minutes"
     )
     keep_best: bool = option(False, "finish with the weights of the lowest evaluation loss, not the last ones")
-    seed: int = option(0, "of the adapter's start, the order of the data and dropout")
+    seed: int = option(0, "of the adapter's start, the order of the data and dropout", least=0)
 
     def __post_init__(self) -> None:
         problems_to_error(self.problems(), "training settings")
@@ -65,6 +65,8 @@ class Settings:
                 found.append(f"{name} is '{getattr(self, name)}', but must be one of {', '.join(known)}")
         if not 0 <= self.warm_up < 1:
             found.append(f"warm_up is {self.warm_up}, but must be a share of the steps from 0 to below 1")
+        if not 0 <= self.seed < LARGEST:
+            found.append(f"seed is {self.seed}, but must be at least 0 and below 2^63")
         if self.micro_batch is not None and self.micro_batch > self.batch_size:
             found.append(f"micro_batch {self.micro_batch} is above batch_size {self.batch_size}")
         return found
