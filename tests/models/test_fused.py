@@ -185,6 +185,18 @@ def test_the_order_of_the_children_says_nothing() -> None:
         torch.testing.assert_close(model(x), plain)
 
 
+def test_the_models_file_has_its_own_rotation_afterwards() -> None:
+    from transformers.models.llama import modeling_llama
+
+    own, model = modeling_llama.apply_rotary_pos_emb, built("llama")
+    with fused(model):
+        assert modeling_llama.apply_rotary_pos_emb is not own
+    assert modeling_llama.apply_rotary_pos_emb is own
+    with pytest.raises(ZeroDivisionError), fused(model):
+        raise ZeroDivisionError
+    assert modeling_llama.apply_rotary_pos_emb is own
+
+
 def test_a_model_that_rotates_by_angles_of_more_bits_computes_what_it_did() -> None:
     import transformers
 

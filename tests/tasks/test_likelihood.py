@@ -70,6 +70,18 @@ def test_a_model_that_keeps_no_cache_gets_the_same_scores(llama, tokenizer):
         assert one == pytest.approx(other, abs=1e-5)
 
 
+def test_what_choices_share_is_computed_once(llama, tokenizer):
+    seen = []
+    hook = llama.get_input_embeddings().register_forward_hook(lambda module, given, out: seen.append(given[0].numel()))
+    try:
+        one = Question("Which of the two is it, when all is said and done?", ("this", "that"), 0, "words")
+        choice_scores(llama, tokenizer, [one])
+        apart = [len(tokenizer(f"{prompt_of(one)} {choice}")["input_ids"]) for choice in one.choices]
+    finally:
+        hook.remove()
+    assert seen[-1] < 0.7 * sum(apart)
+
+
 def test_training_modes_are_as_before(llama, tokenizer):
     llama.train()
     llama.model.layers[0].eval()

@@ -236,6 +236,20 @@ def test_the_callers_mode_and_random_state_come_back(llama, examples):
     assert not llama(torch.tensor([[1, 2]])).logits.requires_grad  # no hook is left on its embeddings
 
 
+def test_a_step_asks_for_numbers_once_whatever_its_batches(run, monkeypatch):
+    asked, item, listed = [], torch.Tensor.item, torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: asked.append("item") or item(tensor))
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: asked.append("list") or listed(tensor))
+    counts = []
+    for steps in (2, 4):
+        for micro_batch in (1, 4):
+            asked.clear()
+            run(batch_size=4, micro_batch=micro_batch, max_steps=steps, epochs=9, packing="pad")
+            counts.append(len(asked))
+    assert counts[0] == counts[1]
+    assert counts[2] == counts[3] == counts[0] + 2  # on a GPU each would wait for the model
+
+
 def test_gradient_checkpointing_that_was_on_stays_on(llama, examples):
     enable = getattr(llama, "activation_checkpointing_enable", llama.gradient_checkpointing_enable)
     enable({"use_reentrant": False})

@@ -301,6 +301,29 @@ def test_models_that_cannot_tell_packed_examples_apart_are_known() -> None:
     assert [leaks(made(name)) for name in ("llama", "gpt2", "bloom")] == [False, False, True]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_trace_of_the_example_before_is_a_leak(dtype: torch.dtype) -> None:
+    model = made("mistral", sliding_window=None).to(dtype)
+    assert not leaks(model)
+    own = model.model.forward
+
+    def forward(*given, **named):
+        out = own(*given, **named)
+        out.last_hidden_state = out.last_hidden_state + 0.01 * out.last_hidden_state[:, :1]
+        return out
+
+    model.model.forward = forward
+    assert leaks(model)
+
+
+def test_attention_that_takes_more_than_a_tree_serves_is_named() -> None:
+    import transformers as t
+
+    sizes = {**SIZES, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}
+    config = t.GptOssConfig(**sizes, layer_types=["full_attention"] * 2, sliding_window=64, pad_token_id=0)
+    assert "s_aux, which prefix trees do not serve" in str(why_no_tree(t.GptOssForCausalLM(config).eval(), 8))
+
+
 def test_a_model_that_can_only_up_to_a_length_is_known_by_the_longest_example() -> None:
     model = made("doge")
     assert [leaks(model, longest) for longest in (4, 24)] == [False, True]
