@@ -119,6 +119,11 @@ def readout_of(model: nn.Module) -> Readout | None:
     return _KNOWN[model]
 
 
+def forget_readout(model: nn.Module) -> None:
+    """From now on the model's loss is computed from all its logits."""
+    _KNOWN[model] = None
+
+
 def _candidate(model: Any) -> Readout | None:
     backbone, head = getattr(model, "base_model", None), output_head(model)
     if backbone is model:  # its class names its backbone by another attribute than it has it in

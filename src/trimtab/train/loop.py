@@ -13,7 +13,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ from trimtab.train.metrics import Logger, MetricsFile
 from trimtab.train.packing import Build, Packing, packing_for
 from trimtab.train.plan import Plan, eval_batches, micro_batches
 from trimtab.train.settings import Settings
+from trimtab.train.trial import is_plain, plainly
 
 log = logging.getLogger("trimtab")
 
@@ -145,6 +146,8 @@ def fit(
         refuse_examples(model, [*examples, *eval_examples])
     with memory_advice(settings):
         packing = packing_for(adapter, settings.packing, [*examples, *eval_examples], loss, build)
+        lean = loss is not causal_loss or is_plain(adapter, examples, packing, pad_id)
+    packing = packing if lean else plainly(model, settings.packing)
     log.info("packing: %s, %s", packing.name, packing.reason)
     plan = Plan.of(examples, settings, adapter.method.default_lr, by_length=packing.name == "pad")
     if silent := len(examples) - len(plan.useful):
@@ -153,7 +156,7 @@ def fit(
     parameters, optimizer = adapter.parameters(), _optimizer(adapter, plan.base_lr, settings)
     identity = run_identity(adapter, settings, examples, eval_examples)
 
-    with _set_up(model, settings, packing), between_steps(out is not None) as wish:
+    with _set_up(model, settings, packing, lean), between_steps(out is not None) as wish:
         progress = _resumed(out, adapter, optimizer, identity) if resume else Progress()
         adapter.prepare(plan.steps)
         good, eval_loss, clock = LastGood(adapter, progress.step), progress.eval_loss, Clock(progress.seconds)
@@ -199,9 +202,10 @@ def fit(
 
 
 @contextmanager
-def _set_up(model: nn.Module, settings: Settings, packing: Packing) -> Iterator[None]:
+def _set_up(model: nn.Module, settings: Settings, packing: Packing, lean: bool) -> Iterator[None]:
     """The model as training needs it: its mode, leaner layers, attention that takes the batches."""
-    with memory_advice(settings), training_mode(model, settings), fused(model), packing.on(model):
+    layers = fused(model) if lean else nullcontext()
+    with memory_advice(settings), training_mode(model, settings), layers, packing.on(model):
         yield
 
 
