@@ -7,12 +7,14 @@ import torch
 
 import trimtab
 from tiny_training import make_examples, make_llama
+from trimtab.data.encode import Example
 from trimtab.errors import UsageError
 from trimtab.models import fused
 from trimtab.models.readout import readout_of
+from trimtab.train import trial
 from trimtab.train.packing import packing_for
 from trimtab.train.settings import Settings
-from trimtab.train.trial import departure, is_plain
+from trimtab.train.trial import apart, is_plain
 
 
 def adapted(dtype=torch.float32):
@@ -37,12 +39,24 @@ def wrong(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["pad", "pack", "tree"])
-def test_a_run_that_computes_what_transformers_do_differs_by_rounding(name: str, examples) -> None:
-    adapter = adapted()
-    loss, gradient = departure(adapter, examples, packing_for(adapter, name, examples))
+def test_a_run_that_computes_what_transformers_do_differs_by_rounding(name: str, examples, monkeypatch) -> None:
+    adapter, found = adapted(), []
+    monkeypatch.setattr(trial, "apart", lambda ours, wanted: found.append(apart(ours, wanted)) or found[-1])
+    assert is_plain(adapter, examples, packing_for(adapter, name, examples))
+    loss, gradient = found
     assert 0 <= loss < 1e-6
     assert 0 < gradient < 1e-5
     assert all(parameter.grad is None for parameter in adapter.model.parameters())
+
+
+def test_a_model_without_numbers_and_data_without_targets_are_told_of_in_training(examples, caplog) -> None:
+    adapter = adapted()
+    assert is_plain(adapter, [], packing_for(adapter, "auto", examples))
+    assert is_plain(adapter, [Example([3], [True], 1, 0, False)], packing_for(adapter, "auto", examples))
+    with torch.no_grad():
+        adapter.model.lm_head.weight[0, 0] = torch.nan
+    assert is_plain(adapter, examples, packing_for(adapter, "pad", examples))
+    assert "plainly" not in caplog.text
 
 
 @pytest.mark.parametrize(("dtype", "by"), [(torch.float32, 1e-3), (torch.bfloat16, 0.1)])

@@ -140,10 +140,7 @@ def fit(
     settings = settings or Settings()
     model = adapter.model
     out = Path(out) if out is not None else None
-    _refuse(adapter, settings, eval_examples, out, resume, loss, build)
-    if loss is causal_loss:
-        refuse_not_causal(model)
-        refuse_examples(model, [*examples, *eval_examples])
+    _refuse(adapter, settings, examples, eval_examples, out, resume, loss, build)
     with memory_advice(settings):
         packing = packing_for(adapter, settings.packing, [*examples, *eval_examples], loss, build)
         lean = loss is not causal_loss or is_plain(adapter, examples, packing, pad_id)
@@ -281,6 +278,7 @@ class Clock:
 def _refuse(
     adapter: Adapter,
     settings: Settings,
+    examples: Sequence[Example],
     eval_examples: Sequence[Example],
     out: Path | None,
     resume: bool,
@@ -307,6 +305,9 @@ def _refuse(
     if build is not pad and loss is causal_loss:
         problems.append("build is for a loss of one's own: give loss too")
     problems_to_error(problems, "training")
+    if loss is causal_loss:
+        refuse_not_causal(adapter.model)
+        refuse_examples(adapter.model, [*examples, *eval_examples])
 
 
 def _optimizer(adapter: Adapter, lr: float, settings: Settings) -> torch.optim.Optimizer:
