@@ -30,7 +30,10 @@ def make_problem(name: str, data_dir: Path | None = None, **options: Any) -> Pro
     """
     if name not in PROBLEMS:
         hint = did_you_mean(name, PROBLEMS)
-        raise UsageError(f"there is no problem {name!r}{hint or ';'} there are {', '.join(PROBLEMS)}")
+        raise UsageError(
+            f"there is no problem {name!r}{hint or ';'} there are {', '.join(PROBLEMS)}, and "
+            "sentences for a pretrained model (--model)"
+        )
     from trimtab.tasks import toy, vision
 
     makers = {
