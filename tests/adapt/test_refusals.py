@@ -25,6 +25,46 @@ def test_a_module_whose_forward_a_hook_has_replaced_is_refused_by_name():
         trimtab.attach(model, trimtab.LoRA(rank=2), targets=["model.layers.0.mlp.up_proj"])
 
 
+class Transposed(nn.Linear):
+    """A linear layer written in other words, as Falcon's is."""
+
+    def forward(self, x):
+        return x @ self.weight.T if self.bias is None else x @ self.weight.T + self.bias
+
+
+class Doubled(nn.Linear):
+    """Another map."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Stateful(Transposed):
+    """What keeps something beside its weight may compute otherwise later."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.state = None
+
+
+@pytest.mark.parametrize(("kind", "taken"), [(Transposed, True), (Doubled, False), (Stateful, False)])
+def test_a_linear_layer_in_other_words_is_taken_for_what_it_computes(kind, taken):
+    model = nn.Sequential(kind(6, 4))
+    if not taken:
+        with pytest.raises(UsageError, match="computes otherwise than a linear layer"):
+            trimtab.attach(model, trimtab.LoRA(rank=2), targets=["0"])
+        return
+    adapter, x = trimtab.attach(model, trimtab.LoRA(rank=2), targets=["0"]), torch.randn(3, 6)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.normal_()
+    (change,) = adapter.deltas.values()
+    wanted = nn.functional.linear(x, model[0].weight + change.weight_change(model[0].weight), model[0].bias)
+    torch.testing.assert_close(model(x), wanted)
+    adapter.remove()
+    assert type(model[0]) is Transposed
+
+
 def test_an_adapter_of_a_smaller_model_is_refused_and_names_the_first_module_missing(tmp_path):
     small, model = built("llama"), built("llama")
     small.model.layers = small.model.layers[:1]

@@ -13,6 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trimtab.errors import TRIAL_FAILURES, ran_out_of_memory
+
+OF_LINEAR = {"training", "in_features", "out_features", "copies"}
+"""Attributes of a linear layer, and of an adapted one."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -165,13 +170,13 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 def layout_of(module: nn.Module) -> Layout | None:
     """The layout of a module's weight, or None when trimtab cannot adapt that kind of module exactly.
 
-    A subclass with a forward of its own computes something else than its parent, so it is not taken for it,
-    scaled embeddings excepted, whose factor is known.
+    A subclass with a forward of its own computes something else than its parent, so it is not taken for it. Excepted
+    are scaled embeddings, whose factor is known, and linear layers that give what torch's gives.
     """
     from transformers.pytorch_utils import Conv1D
 
     forward = original_class(module).forward
-    if isinstance(module, nn.Linear) and forward is nn.Linear.forward:
+    if isinstance(module, nn.Linear) and (forward is nn.Linear.forward or _gives_what_torchs_does(module)):
         return LinearLayout(module.out_features, module.in_features, bias=module.bias is not None)
     if isinstance(module, Conv1D) and forward is Conv1D.forward:
         return Conv1DLayout(module.weight.shape[1], module.weight.shape[0], bias=True)
@@ -181,6 +186,25 @@ def layout_of(module: nn.Module) -> Layout | None:
         if isinstance(module, kind) and forward is kind.forward:
             return _conv_layout(module, dimensions)
     return None
+
+
+@torch.no_grad()
+def _gives_what_torchs_does(module: nn.Linear) -> bool:
+    """Whether a linear layer with a forward of its own, and nothing else of its own, computes x Wᵀ + b."""
+    weight, public = module.weight, {name for name in vars(module) if not name.startswith("_")}
+    if public - OF_LINEAR or module._buffers or not weight.is_floating_point():
+        return False  # what is quantised keeps how
+    x = torch.ones(2, module.in_features, dtype=weight.dtype, device=weight.device)
+    x[1, ::2] = -0.5
+    plain, few = F.linear(x, weight, module.bias), 16 * torch.finfo(weight.dtype).eps
+    try:
+        y = original_class(module).forward(module, x)
+        alike = isinstance(y, Tensor) and y.shape == plain.shape and y.dtype == plain.dtype
+        return alike and torch.allclose(y, plain, rtol=few, atol=few * float(plain.abs().max()))
+    except TRIAL_FAILURES as error:
+        if ran_out_of_memory(error):
+            raise
+        return False
 
 
 def _embedding_layout(module: nn.Embedding) -> Layout | None:
