@@ -7,11 +7,14 @@ import torch
 
 import trimtab
 from tiny_training import make_examples, make_llama
+from trimtab.data.batch import pad
 from trimtab.data.encode import Example
 from trimtab.errors import UsageError
 from trimtab.models import fused
 from trimtab.models.readout import readout_of
+from trimtab.tasks.likelihood import log_likelihoods
 from trimtab.train import trial
+from trimtab.train.loss import causal_loss
 from trimtab.train.packing import packing_for
 from trimtab.train.settings import Settings
 from trimtab.train.trial import apart, is_plain
@@ -42,7 +45,7 @@ def wrong(monkeypatch):
 def test_a_run_that_computes_what_transformers_do_differs_by_rounding(name: str, examples, monkeypatch) -> None:
     adapter, found = adapted(), []
     monkeypatch.setattr(trial, "apart", lambda ours, wanted: found.append(apart(ours, wanted)) or found[-1])
-    assert is_plain(adapter, examples, packing_for(adapter, name, examples))
+    assert is_plain(adapter.model, adapter.parameters(), examples, packing_for(adapter, name, examples))
     loss, gradient = found
     assert 0 <= loss < 1e-6
     assert 0 < gradient < 1e-5
@@ -51,11 +54,13 @@ def test_a_run_that_computes_what_transformers_do_differs_by_rounding(name: str,
 
 def test_a_model_without_numbers_and_data_without_targets_are_told_of_in_training(examples, caplog) -> None:
     adapter = adapted()
-    assert is_plain(adapter, [], packing_for(adapter, "auto", examples))
-    assert is_plain(adapter, [Example([3], [True], 1, 0, False)], packing_for(adapter, "auto", examples))
+    assert is_plain(adapter.model, adapter.parameters(), [], packing_for(adapter, "auto", examples))
+    assert is_plain(
+        adapter.model, adapter.parameters(), [Example([3], [True], 1, 0, False)], packing_for(adapter, "auto", examples)
+    )
     with torch.no_grad():
         adapter.model.lm_head.weight[0, 0] = torch.nan
-    assert is_plain(adapter, examples, packing_for(adapter, "pad", examples))
+    assert is_plain(adapter.model, adapter.parameters(), examples, packing_for(adapter, "pad", examples))
     assert "plainly" not in caplog.text
 
 
@@ -63,10 +68,10 @@ def test_a_model_without_numbers_and_data_without_targets_are_told_of_in_trainin
 def test_what_no_smaller_trial_saw_is_seen(dtype: torch.dtype, by: float, examples, wrong, caplog) -> None:
     adapter = adapted(dtype)
     packing = packing_for(adapter, "auto", examples)
-    assert is_plain(adapter, examples, packing)
+    assert is_plain(adapter.model, adapter.parameters(), examples, packing)
     wrong(by)
-    assert not is_plain(adapter, examples, packing)
-    assert "LlamaForCausalLM is trained plainly, without what makes it faster" in caplog.text
+    assert not is_plain(adapter.model, adapter.parameters(), examples, packing)
+    assert "LlamaForCausalLM is computed plainly, without what makes it faster" in caplog.text
 
 
 def test_a_run_falls_back_on_plain_transformers(run, wrong) -> None:
@@ -77,6 +82,14 @@ def test_a_run_falls_back_on_plain_transformers(run, wrong) -> None:
     assert readout_of(llama) is None
     for key, tensor in wanted.items():
         assert (got[key] - tensor).norm() < 1e-2 * tensor.norm()
+
+
+def test_scores_fall_back_on_plain_transformers(examples, wrong) -> None:
+    llama, found = make_llama(), []
+    wanted = [-causal_loss(llama, pad([example], 0)).item() for example in examples]
+    wrong(0.1)
+    log_likelihoods(llama, [[examples]], lambda number, sums: found.extend(sums))
+    assert found == [pytest.approx(wanted, rel=1e-5)]
 
 
 @pytest.mark.parametrize("name", ["tree", "pack"])

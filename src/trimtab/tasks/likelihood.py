@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from trimtab.tasks.knowledge import Question
 from trimtab.tasks.statistics import Interval, bootstrap, mean
 from trimtab.train.loss import term_nats
 from trimtab.train.packing import packing_of
+from trimtab.train.trial import is_plain, plainly
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,12 @@ def log_likelihoods(
     with is computed once where the model allows it. tell(number of the batch, its sums by question and choice) hears
     of every batch when it is done, in their order.
     """
-    packing = packing_of(model, "auto", [example for batch in batches for question in batch for example in question])
-    with evaluating(model), fused(model), packing.on(model):
+    examples = [example for batch in batches for question in batch for example in question]
+    with evaluating(model):
+        packing = packing_of(model, "auto", examples)
+        lean = is_plain(model, (), examples, packing)
+    packing = packing if lean else plainly(model, "auto")
+    with evaluating(model), fused(model) if lean else nullcontext(), packing.on(model):
         for number, batch in enumerate(batches):
             together = [example for question in batch for example in question]
             sums = iter(_sums(model, packing.build_eval(together, 0), together))

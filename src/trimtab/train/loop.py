@@ -143,7 +143,7 @@ def fit(
     _refuse(adapter, settings, examples, eval_examples, out, resume, loss, build)
     with memory_advice(settings):
         packing = packing_for(adapter, settings.packing, [*examples, *eval_examples], loss, build)
-        lean = loss is not causal_loss or is_plain(adapter, examples, packing, pad_id)
+        lean = loss is not causal_loss or is_plain(model, adapter.parameters(), examples, packing, pad_id)
     packing = packing if lean else plainly(model, settings.packing)
     log.info("packing: %s, %s", packing.name, packing.reason)
     plan = Plan.of(examples, settings, adapter.method.default_lr, by_length=packing.name == "pad")

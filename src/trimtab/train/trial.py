@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.module import modes_kept
 from trimtab.data.encode import Example
 from trimtab.deltas.layout import original_class
@@ -34,18 +33,20 @@ NARROW_LOSS, NARROW_GRADIENT = 2e-2, 0.3
 """The same in bf16 and fp16."""
 
 
-def is_plain(adapter: Adapter, examples: Sequence[Example], packing: Packing, pad_id: int = 0) -> bool:
-    """Whether training by these means has the loss and gradient of plain transformers; said in the log if not."""
-    model, some = adapter.model, _few(examples)
+def is_plain(
+    model: nn.Module, trained: Sequence[Tensor], examples: Sequence[Example], packing: Packing, pad_id: int = 0
+) -> bool:
+    """Whether these means have the loss of plain transformers, and its gradient for what is trained; said if not."""
+    some = _few(examples)
     if not some:
         return True
     with modes_kept(model), torch.random.fork_rng():
         model.eval()
-        wanted = _by_transformers(adapter, some)
+        wanted = _by_transformers(model, trained, some)
         if not all(bool(tensor.isfinite().all()) for tensor in wanted):
             return True  # of which training tells
         try:
-            loss, gradient = map(apart, _by_the_run(adapter, some, packing, pad_id), wanted)
+            loss, gradient = map(apart, _by_the_run(model, trained, some, packing, pad_id), wanted)
         except TRIAL_FAILURES as error:
             if ran_out_of_memory(error):
                 raise
@@ -57,7 +58,7 @@ def is_plain(adapter: Adapter, examples: Sequence[Example], packing: Packing, pa
                 return True
             why = f"the loss is {loss:.1%} apart from plain transformers', the gradient {gradient:.1%}"
     name = original_class(model).__name__
-    log.warning("%s is trained plainly, without what makes it faster: with that %s", name, why)
+    log.warning("%s is computed plainly, without what makes it faster: with that %s", name, why)
     return False
 
 
@@ -85,28 +86,28 @@ Answer = tuple[Tensor, Tensor]
 """A loss and its gradient, flat, in fp64."""
 
 
-def _by_transformers(adapter: Adapter, some: Sequence[Example]) -> Answer:
+def _by_transformers(model: nn.Module, trained: Sequence[Tensor], some: Sequence[Example]) -> Answer:
     """Each example by itself, from the model's own logits."""
-    model, losses = adapter.model, []
+    losses = []
     for example in some:
         ids = torch.tensor([example.input_ids], device=next(model.parameters()).device)
         logits = model(input_ids=ids, use_cache=False).logits[0].float()
         losses.append(F.cross_entropy(logits[:-1], ids[0, 1:], reduction="sum"))
-    return _with_gradient(adapter, torch.stack(losses).sum())
+    return _with_gradient(trained, torch.stack(losses).sum())
 
 
-def _by_the_run(adapter: Adapter, some: Sequence[Example], packing: Packing, pad_id: int) -> Answer:
-    model = adapter.model
+def _by_the_run(
+    model: nn.Module, trained: Sequence[Tensor], some: Sequence[Example], packing: Packing, pad_id: int
+) -> Answer:
     with fused(model), packing.on(model):
         batch = packing.build(some, pad_id).to(next(model.parameters()).device)
-        return _with_gradient(adapter, causal_loss(model, batch))
+        return _with_gradient(trained, causal_loss(model, batch))
 
 
-def _with_gradient(adapter: Adapter, loss: Tensor) -> Answer:
-    parameters = adapter.parameters()
-    found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    whole = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
-    return loss.detach().double(), torch.cat([g.flatten().double() for g in whole])
+def _with_gradient(trained: Sequence[Tensor], loss: Tensor) -> Answer:
+    found = torch.autograd.grad(loss, trained, allow_unused=True) if trained else ()
+    whole = [torch.zeros_like(p) if g is None else g for p, g in zip(trained, found, strict=True)]
+    return loss.detach().double(), torch.cat([torch.zeros(0).to(loss), *(g.flatten() for g in whole)]).double()
 
 
 def apart(ours: Tensor, wanted: Tensor) -> float:
