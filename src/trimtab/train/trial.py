@@ -54,9 +54,12 @@ def is_plain(
         else:
             narrow = any(parameter.dtype in NARROW for parameter in model.parameters())
             if loss <= (NARROW_LOSS if narrow else LOSS) and gradient <= (NARROW_GRADIENT if narrow else GRADIENT):
-                log.info("checked against plain transformers: loss %.1e, gradient %.1e apart", loss, gradient)
+                if trained:
+                    log.info("checked against plain transformers: loss %.1e, gradient %.1e apart", loss, gradient)
                 return True
-            why = f"the loss is {loss:.1%} apart from plain transformers', the gradient {gradient:.1%}"
+            why = f"the loss is {loss:.1%} apart from plain transformers'" + f", the gradient {gradient:.1%}" * bool(
+                trained
+            )
     name = original_class(model).__name__
     log.warning("%s is computed plainly, without what makes it faster: with that %s", name, why)
     return False
