@@ -316,6 +316,16 @@ def test_a_trace_of_the_example_before_is_a_leak(dtype: torch.dtype) -> None:
     assert leaks(model)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_mixes_tokens_without_attention_gets_no_tree(dtype: torch.dtype) -> None:
+    import transformers as t
+
+    torch.manual_seed(0)
+    config = t.xLSTMConfig(vocab_size=VOCABULARY, hidden_size=32, num_heads=2, num_blocks=2)
+    why = why_no_tree(t.xLSTMForCausalLM(config).eval().to(dtype), 8)  # in few bits its logits hardly differ
+    assert "xLSTMForCausalLM attends in 0 of" in str(why)
+
+
 def test_attention_that_takes_more_than_a_tree_serves_is_named() -> None:
     import transformers as t
 

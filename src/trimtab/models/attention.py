@@ -30,6 +30,7 @@ FP32_EPS = torch.finfo(torch.float32).eps
 
 _tree: ContextVar[Tree | None] = ContextVar("tree", default=None)
 _usual: ContextVar[str] = ContextVar("usual", default="sdpa")
+_attended: ContextVar[list[nn.Module] | None] = ContextVar("attended", default=None)
 
 
 @contextmanager
@@ -114,18 +115,33 @@ def _tried(model: nn.Module, name: str) -> str | None:
         model.eval()
         alone = [model(ids, use_cache=False).logits.float() for ids in (first, second)]
         try:
-            shared = _packed(model, draw, [7, 7, 4, 4, 7, 7, 7], [0, 1, 2, 3, 2, 3, 4])
+            with _attending() as attended:
+                shared = _packed(model, draw, [7, 7, 4, 4, 7, 7, 7], [0, 1, 2, 3, 2, 3, 4])
             both = torch.cat([first, second], 1)
             apart = _packed(model, both, [4] * 4 + [9] * 5, [*range(4), *range(5)]) if narrow else None
         except TRIAL_FAILURES as error:
             if ran_out_of_memory(error):
                 raise
             return f"{name} does not take a tree for its attention ({type(error).__name__}: {error})"
+    layers = getattr(_text_config(model), "num_hidden_layers", 1)
+    if len(attended) < layers:  # others mix tokens in another way, or were not asked
+        return f"{name} attends in {len(attended)} of {layers} layers"
     difference = _difference(shared, torch.cat([alone[0], alone[1][:, 2:]], 1))
     # A token that sees another branch, or stands at a wrong position, leaves a tenth and more; rounding far less, but
     # in few bits how much less depends on the model: it shows where nothing is shared.
     allowed = 1e-3 if apart is None else min(max(3e-2, 2 * _difference(apart, torch.cat(alone, 1))), 0.1)
     return None if difference <= allowed else f"{name} gives other logits for a tree ({difference:.1%} apart)"
+
+
+@contextmanager
+def _attending() -> Iterator[list[nn.Module]]:
+    """Within the block modules that attend by a tree are noted, once for each time."""
+    noted: list[nn.Module] = []
+    token = _attended.set(noted)
+    try:
+        yield noted
+    finally:
+        _attended.reset(token)
 
 
 def _packed(model: Any, ids: Tensor, end: list[int], depth: list[int]) -> Tensor:
@@ -188,6 +204,8 @@ def _attend(
         raise UsageError(
             f"a tree of {len(attention_mask.end)} tokens met queries {list(query.shape)}: it holds for one packed row"
         )
+    if (noted := _attended.get()) is not None:
+        noted.append(module)
     out = tree_attention(query[0], key[0], value[0], attention_mask, scale=scaling, dropout=dropout, soft_cap=softcap)
     return out.transpose(0, 1).unsqueeze(0), None
 
