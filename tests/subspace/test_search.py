@@ -124,6 +124,24 @@ def test_a_multiple_can_be_chosen_at_the_first_d_for_all(tmp_path: Path) -> None
     assert done.scores == found(runs(d90=700.0), lr=1e-3).scores
 
 
+@pytest.mark.parametrize("grid", [(), (10, 40, 160, 640, 2560)])
+def test_a_choice_waits_for_a_d_where_something_is_learned(grid: tuple[int, ...]) -> None:
+    def train(run: Run) -> Outcome:
+        d, multiple = run.d or D, run.lr / (1e-3 * (D / (run.d or D)) ** 0.5)
+        learned = d >= 160 and multiple > 3
+        # Below that the least multiple is the best by luck alone.
+        score = (0.95 if d >= 2560 else 0.6) if learned or run.d is None else 0.1 - 1e-4 * multiple
+        return Outcome(run.seed, d, run.lr, score, score, score, 2.0, 0.1, 1.0, 10, False)
+
+    own = Runs(lambda: train, {})
+    done = found(own, rates=(1.0, 2.0, 4.0), rates_at="first", lr=1e-3, start=10, resolution=4, grid=grid)
+    multiples = {d: round(rate / (1e-3 * (D / d) ** 0.5)) for d, rate in done.rates.items()}
+    assert multiples == {10: 1, 40: 1, 160: 4, 640: 4, 2560: 4, D: 1}
+    assert {run.d for run in own.known if run.seed == SWEEP_SEED} >= {None, 10, 40, 160}
+    if not grid:
+        assert {run.d for run in own.known if run.seed == SWEEP_SEED} == {None, 10, 40, 160}
+
+
 def test_the_multiple_that_is_chosen_is_the_best_by_validation() -> None:
     def train(run: Run) -> Outcome:
         best = 1e-3 if run.d is None else 2e-3

@@ -59,7 +59,7 @@ class DimensionFlags:
         "model 1,4,16, chosen at the first d",
     )
     rates_at: Literal["each", "first"] | None = option(
-        None, "choose at each d (usual with --rates), or at the first d that is tried for all of them"
+        None, "choose at each d (usual with --rates), or for all of them at the first d where something is learned"
     )
     epochs: int | None = option(None, "passes over the data; by default the task's")
     batch_size: int | None = option(None, "examples a step; by default the task's")

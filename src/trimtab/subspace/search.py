@@ -7,6 +7,7 @@ What was trained stays (see `runs`).
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -49,7 +50,8 @@ class Plan:
     lr: of training all parameters. lr_scale: sqrt multiplies it by √(D/d) in a subspace, since with unit columns a
     step of Adam moves θ by lr √d and not by lr √D; none leaves it as the papers do. rates: multiples of it to choose
     from, by the validation score with a seed of its own. rates_at: each d has a choice of its own, or what is best at
-    the first d that is tried is taken at all of them; for the baseline there is a choice in both cases.
+    the first d that is tried is taken at all of them; where nothing is learned there at any rate, each d has its own
+    until there is something to choose by. For the baseline there is a choice in both cases.
     """
 
     seeds: int = 3
@@ -170,7 +172,7 @@ def measure(
     d that can be trained. at(text) hears what is being trained. Raises UsageError for a d below it or above D,
     NoDimension for a baseline that diverged or a threshold that is not clear of chance.
     """
-    search = _Search(runs, D, plan, scored, least, at or (lambda text: None))
+    search = _Search(runs, D, plan, scored, least, chance + _noise(chance, examples), at or (lambda text: None))
     wrong = [d for d in (*plan.grid, search.first) if not least <= d <= D]
     if wrong:
         why = f", since SAID spends {least - 1} on the λ of its layers," if least > 1 else ""
@@ -197,7 +199,7 @@ def measure(
 
 def _refuse_chance(wanted: float, chance: float, examples: int, threshold: Threshold) -> None:
     """NoDimension unless the threshold is above what guessing scores by twice its standard error."""
-    noise = 2 * math.sqrt(max(chance * (1 - chance), 0.0) / max(examples, 1))
+    noise = _noise(chance, examples)
     if wanted <= chance + noise:
         raise NoDimension(
             "threshold near chance",
@@ -206,9 +208,20 @@ def _refuse_chance(wanted: float, chance: float, examples: int, threshold: Thres
         )
 
 
+def _noise(chance: float, examples: int) -> float:
+    """Twice the standard error of what guessing scores."""
+    return 2 * math.sqrt(max(chance * (1 - chance), 0.0) / max(examples, 1))
+
+
 class _Search:
-    def __init__(self, runs: Runs, D: int, plan: Plan, scored: str, least: int, at: Callable[[str], None]) -> None:
+    """learned: the score above which something was learned."""
+
+    def __init__(
+        self, runs: Runs, D: int, plan: Plan, scored: str, least: int, learned: float, at: Callable[[str], None]
+    ) -> None:
         self.runs, self.D, self.plan, self.scored, self.least, self.at = runs, D, plan, scored, least, at
+        self.learned = learned
+        self.chosen_at: list[int] = []
         self.scores: dict[int, tuple[float, ...]] = {}
         self.train_scores: dict[int, tuple[float, ...]] = {}
         self.rates: dict[int, float] = {}
@@ -292,12 +305,27 @@ class _Search:
 
     def sweep(self, d: int | None) -> list[Run]:
         """The runs that the learning rate for d is chosen by; none where there is no choice."""
-        at = d if d is None or self.plan.rates_at == "each" else self.first
-        return [Run(at, SWEEP_SEED, rate) for rate in self.scaled(at)] if len(self.plan.rates) > 1 else []
+        if len(self.plan.rates) == 1:
+            return []
+        if d is None or self.plan.rates_at == "each":
+            return self.rates_at(d)
+        before = itertools.takewhile(lambda earlier: earlier != d, self.chosen_at)
+        return self.rates_at(next((earlier for earlier in before if self.says_something(earlier)), d))
+
+    def rates_at(self, d: int | None) -> list[Run]:
+        """A run at each of the learning rates."""
+        return [Run(d, SWEEP_SEED, rate) for rate in self.scaled(d)]
+
+    def says_something(self, d: int) -> bool:
+        """Whether at any of the rates something is learned in d dimensions."""
+        tried = self.runs.outcomes(self.rates_at(d))
+        return any(outcome.validation > self.learned and not outcome.diverged for outcome in tried)
 
     def rate(self, d: int | None) -> float:
         """The learning rate in d dimensions: scaled, and the best of the plan's multiples."""
         tried = self.runs.outcomes(self.sweep(d))
+        if d is not None and d not in self.chosen_at:
+            self.chosen_at.append(d)
         best = max(range(len(tried)), key=lambda i: (not tried[i].diverged, tried[i].validation), default=0)
         return self.scaled(d)[best]
 
