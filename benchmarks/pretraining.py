@@ -10,9 +10,9 @@ seen; the functions that the task is trained on are part of the pretraining's te
 The series is measured by `trimtab measure dimension --checkpoints` twice: with a threshold of 0.9 of each checkpoint's
 own baseline, and with one for all, 0.9 of the lowest baseline, which takes the runs of the first. The learning rate is
 the best of three multiples by the validation split: of all parameters, and in subspaces at the first d where
-anything is learned, whose multiple of lr √(D/d) every later d is given. There is one pretraining, from one start: seeds draw heads,
-projections and the order of the data. Everything that was done stands in --out and is not done again; a pretraining
-that was stopped goes on at the last checkpoint. All other flags of the command are passed on.
+anything is learned, whose multiple of lr √(D/d) every later d is given. There is one pretraining, from one start:
+seeds draw heads, projections and the order of the data. Everything that was done stands in --out and is not done again;
+a pretraining that was stopped goes on at the last checkpoint. All other flags of the command are passed on.
 """
 
 from __future__ import annotations
