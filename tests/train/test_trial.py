@@ -74,12 +74,20 @@ def test_what_no_smaller_trial_saw_is_seen(dtype: torch.dtype, by: float, exampl
     assert "LlamaForCausalLM is computed plainly, without what makes it faster" in caplog.text
 
 
+def test_what_gives_no_number_is_left_out(examples, wrong, caplog) -> None:
+    adapter = adapted()
+    packing = packing_for(adapter, "auto", examples)
+    wrong(torch.nan)
+    assert not is_plain(adapter.model, adapter.parameters(), examples, packing)
+    assert "the loss is nan% apart" in caplog.text
+
+
 def test_a_run_falls_back_on_plain_transformers(run, wrong) -> None:
     wanted, *_ = run(packing="pad")
     wrong(0.1)
     llama = make_llama()
     got, *_ = run(llama=llama)
-    assert readout_of(llama) is None
+    assert readout_of(llama) is not None  # afterwards it is asked anew
     for key, tensor in wanted.items():
         assert (got[key] - tensor).norm() < 1e-2 * tensor.norm()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -244,11 +245,37 @@ def test_tokens_and_lengths_the_model_has_nothing_for_are_refused(examples, capl
         trimtab.fit(adapter, [fitting], Settings(packing="pad"))
         with pytest.raises(UsageError, match=r"has 13 tokens, but .* has positions for 12: lower max_length"):
             trimtab.fit(adapter, [fitting, Example(list(range(13)), [True] * 13, 1, 0, False)])
-        with pytest.raises(UsageError, match=f"row 77 has token {VOCABULARY}, but .* has embeddings for {VOCABULARY}"):
+        with pytest.raises(UsageError, match=f"row 77 has token {VOCABULARY}, but .* has embeddings for 0 to 60"):
             trimtab.fit(adapter, [fitting], eval_examples=[other])
+        with pytest.raises(UsageError, match="row 78 has token -100"):
+            trimtab.fit(adapter, [fitting, Example([3, -100, 4], [True] * 3, 78, 0, False)])
     turning = make_llama(max_position_embeddings=12)
     trimtab.fit(trimtab.attach(turning, trimtab.LoRA(rank=2)), examples)
     assert "more than the 12 that LlamaForCausalLM was made for" in caplog.text
+
+
+def test_positions_of_images_do_not_limit_texts(examples):
+    from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14, "projection_dim": 16, **small}
+    text = LlamaConfig(vocab_size=VOCABULARY, **small)
+    config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=VOCABULARY - 1)
+    adapter = trimtab.attach(
+        LlavaForConditionalGeneration(config), trimtab.LoRA(rank=2), targets=["re:.*language_model.*q_proj"]
+    )
+    texts = [dataclasses.replace(e, input_ids=[i % 50 for i in e.input_ids]) for e in examples]
+    assert max(len(e.input_ids) for e in texts) > 5  # positions of an image
+    assert trimtab.fit(adapter, texts, Settings(max_steps=1)).steps == 1
+
+
+@pytest.mark.parametrize("packing", ["auto", "tree", "pad"])
+def test_an_example_without_tokens_is_left_out_like_others_without_targets(examples, packing):
+    adapter = trimtab.attach(make_llama(), trimtab.LoRA(rank=2))
+    with_nothing = [*examples, Example([], [], 99, 0, False), Example([5] * 200, [False] * 200, 98, 0, False)]
+    assert trimtab.fit(adapter, with_nothing, Settings(packing=packing, batch_size=5)).steps == 2
+    with pytest.raises(UsageError, match="none of the 2 examples has a supervised token"):
+        trimtab.fit(adapter, with_nothing[-2:], Settings(packing=packing))
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])

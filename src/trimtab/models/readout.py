@@ -119,9 +119,17 @@ def readout_of(model: nn.Module) -> Readout | None:
     return _KNOWN[model]
 
 
-def forget_readout(model: nn.Module) -> None:
-    """From now on the model's loss is computed from all its logits."""
+@contextmanager
+def all_logits(model: nn.Module) -> Iterator[None]:
+    """Within the block the model's loss is computed from all its logits."""
+    known = _KNOWN.pop(model, None)
     _KNOWN[model] = None
+    try:
+        yield
+    finally:
+        del _KNOWN[model]
+        if known is not None:
+            _KNOWN[model] = known
 
 
 def _candidate(model: Any) -> Readout | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ from trimtab.data.batch import Batch
 from trimtab.data.encode import Example
 from trimtab.errors import UsageError
 from trimtab.models.fused import fused
+from trimtab.models.readout import all_logits
 from trimtab.tasks.evaluating import device_of, evaluating
 from trimtab.tasks.knowledge import Question
 from trimtab.tasks.statistics import Interval, bootstrap, mean
@@ -104,8 +104,8 @@ def log_likelihoods(
     with evaluating(model):
         packing = packing_of(model, "auto", examples)
         lean = is_plain(model, (), examples, packing)
-    packing = packing if lean else plainly(model, "auto")
-    with evaluating(model), fused(model) if lean else nullcontext(), packing.on(model):
+        packing = packing if lean else plainly(model, "auto", examples, packing)
+    with evaluating(model), fused(model) if lean else all_logits(model), packing.on(model):
         for number, batch in enumerate(batches):
             together = [example for question in batch for example in question]
             sums = iter(_sums(model, packing.build_eval(together, 0), together))

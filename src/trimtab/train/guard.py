@@ -16,7 +16,14 @@ from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.module import modes_kept
 from trimtab.data.encode import Example
 from trimtab.deltas.layout import original_class
-from trimtab.errors import OutOfMemory, TrainingError, UsageError, problems_to_error, ran_out_of_memory
+from trimtab.errors import (
+    TRIAL_FAILURES,
+    OutOfMemory,
+    TrainingError,
+    UsageError,
+    problems_to_error,
+    ran_out_of_memory,
+)
 from trimtab.train.checkpoint import Progress
 from trimtab.train.settings import Settings
 
@@ -74,24 +81,24 @@ def memory_advice(settings: Settings) -> Iterator[None]:
 
 def refuse_examples(model: Any, examples: Sequence[Example]) -> None:
     """UsageError for tokens the model has no embedding for, and for examples longer than the positions it learned."""
-    name, config = original_class(model).__name__, getattr(model, "config", None)
+    examples = [example for example in examples if example.targets]
+    if not examples:
+        return  # which the plan refuses
+    name, problems = original_class(model).__name__, []
     try:
         words = model.get_input_embeddings().weight.shape[0]
     except (AttributeError, NotImplementedError):
         return
-    if not examples:
-        return  # which the plan refuses
-    problems = []
-    largest, row = max((max(example.input_ids, default=0), example.row) for example in examples)
-    if largest >= words:
-        problems.append(
-            f"row {row} has token {largest}, but {name} has embeddings for {words}: was it made by this model's "
-            "tokenizer?"
-        )
+    ids = [(token, example.row) for example in examples for token in (min(example.input_ids), max(example.input_ids))]
+    for token, row in (min(ids), max(ids)):
+        if not 0 <= token < words:
+            problems.append(
+                f"row {row} has token {token}, but {name} has embeddings for 0 to {words - 1}: was it made by this "
+                "model's tokenizer?"
+            )
     longest, row = max((len(example.input_ids), example.row) for example in examples)
-    limits = [learned for path, module in model.named_modules() if (learned := _positions(path, module)) is not None]
-    limit = min(limits, default=None)
-    made_for = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
+    limit = positions_of(model) if not problems else None
+    made_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and longest > limit:
         problems.append(f"row {row} has {longest} tokens, but {name} has positions for {limit}: lower max_length")
     elif made_for is not None and longest > made_for:
@@ -99,14 +106,31 @@ def refuse_examples(model: Any, examples: Sequence[Example]) -> None:
     problems_to_error(problems, "training data")
 
 
-def _positions(path: str, module: nn.Module) -> int | None:
-    """How many tokens a table of learned positions serves; None for any other module."""
-    last = path.rpartition(".")[2]
-    if not isinstance(module, nn.Embedding) or not ("position" in last or last == "wpe"):
-        return None
-    # Some count from behind their padding's place, some from an offset of their own.
-    before = getattr(module, "offset", 0 if module.padding_idx is None else module.padding_idx + 1)
-    return module.num_embeddings - int(before)
+@torch.no_grad()
+def positions_of(model: nn.Module) -> int | None:
+    """How many tokens the tables of learned positions serve that a text is read by; None where there is none."""
+    read: list[int] = []
+
+    def note(table: Any, *_given: Any) -> None:
+        # Some count from behind their padding's place, some from an offset of their own.
+        behind_padding = 0 if table.padding_idx is None else table.padding_idx + 1
+        read.append(table.num_embeddings - int(getattr(table, "offset", behind_padding)))
+
+    names = {module: path.rpartition(".")[2] for path, module in model.named_modules()}
+    tables = [m for m, name in names.items() if isinstance(m, nn.Embedding) and ("position" in name or name == "wpe")]
+    hooks = [table.register_forward_hook(note) for table in tables]
+    try:
+        if tables:
+            with modes_kept(model):
+                model.eval()
+                model(input_ids=torch.tensor([[1]], device=next(model.parameters()).device))
+    except TRIAL_FAILURES as error:
+        if ran_out_of_memory(error):
+            raise
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return min(read, default=None)
 
 
 class LastGood:

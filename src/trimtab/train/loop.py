@@ -13,7 +13,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from trimtab.data.batch import Batch, pad
 from trimtab.data.encode import Example
 from trimtab.errors import UsageError, problems_to_error
 from trimtab.models.fused import fused
+from trimtab.models.readout import all_logits
 from trimtab.train.checkpoint import (
     Progress,
     clear_partial,
@@ -141,10 +142,11 @@ def fit(
     model = adapter.model
     out = Path(out) if out is not None else None
     _refuse(adapter, settings, examples, eval_examples, out, resume, loss, build)
+    useful = [example for example in (*examples, *eval_examples) if example.targets]
     with memory_advice(settings):
-        packing = packing_for(adapter, settings.packing, [*examples, *eval_examples], loss, build)
-        lean = loss is not causal_loss or is_plain(model, adapter.parameters(), examples, packing, pad_id)
-    packing = packing if lean else plainly(model, settings.packing)
+        packing = packing_for(adapter, settings.packing, useful, loss, build)
+        lean = loss is not causal_loss or is_plain(model, adapter.parameters(), useful, packing, pad_id)
+        packing = packing if lean else plainly(model, settings.packing, useful, packing)
     log.info("packing: %s, %s", packing.name, packing.reason)
     plan = Plan.of(examples, settings, adapter.method.default_lr, by_length=packing.name == "pad")
     if silent := len(examples) - len(plan.useful):
@@ -201,8 +203,8 @@ def fit(
 @contextmanager
 def _set_up(model: nn.Module, settings: Settings, packing: Packing, lean: bool) -> Iterator[None]:
     """The model as training needs it: its mode, leaner layers, attention that takes the batches."""
-    layers = fused(model) if lean else nullcontext()
-    with memory_advice(settings), training_mode(model, settings), layers, packing.on(model):
+    means: AbstractContextManager[Any] = fused(model) if lean else all_logits(model)
+    with memory_advice(settings), training_mode(model, settings), means, packing.on(model):
         yield
 
 

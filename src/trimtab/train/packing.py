@@ -84,15 +84,22 @@ def packing_of(
         if wanted not in ("auto", "pad"):
             raise UsageError(f"packing '{wanted}' is for the loss of causal models: a loss of your own takes 'pad'")
         return PAD if wanted == "pad" else dataclasses.replace(PAD, reason="a loss of your own reads padded batches")
-    lengths = [len(example.input_ids) for example in examples] or [0]
-    packing = PAD if wanted == "pad" else _exact(model, wanted, max(lengths), dropout)
-    if packing.name == "pad" and not pads_exactly(model, min(lengths), max(lengths)):
+    longest = max((len(example.input_ids) for example in examples), default=0)
+    packing = PAD if wanted == "pad" else _exact(model, wanted, longest, dropout)
+    if packing.name == "pad":
+        warn_of_padding(model, examples)
+    return packing
+
+
+def warn_of_padding(model: nn.Module, examples: Sequence[Example]) -> None:
+    """Tell of a model that computes an example beside a longer one otherwise than alone."""
+    lengths = [len(example.input_ids) for example in examples]
+    if lengths and not pads_exactly(model, min(lengths), max(lengths)):
         log.warning(
             "%s does not compute an example in a padded batch as it does the example alone: with micro_batch 1 no "
             "example is padded",
             original_class(model).__name__,
         )
-    return packing
 
 
 def _exact(model: nn.Module, wanted: str, longest: int, dropout: float) -> Packing:

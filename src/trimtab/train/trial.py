@@ -19,10 +19,9 @@ from trimtab.data.encode import Example
 from trimtab.deltas.layout import original_class
 from trimtab.errors import TRIAL_FAILURES, UsageError, ran_out_of_memory
 from trimtab.models.fused import fused
-from trimtab.models.readout import forget_readout
 from trimtab.ops.products import NARROW
 from trimtab.train.loss import causal_loss
-from trimtab.train.packing import PAD, Packing
+from trimtab.train.packing import PAD, Packing, warn_of_padding
 
 log = logging.getLogger("trimtab")
 
@@ -65,11 +64,12 @@ def is_plain(
     return False
 
 
-def plainly(model: nn.Module, wanted: str) -> Packing:
-    """Padded batches and all logits, for a model that `is_plain` says no of. UsageError where others were asked for."""
+def plainly(model: nn.Module, wanted: str, examples: Sequence[Example], packing: Packing) -> Packing:
+    """Padded batches, for a model that `is_plain` says no of with `packing`. UsageError where others were asked for."""
     if wanted in ("tree", "pack"):
         raise UsageError(f"packing '{wanted}' does not compute what plain transformers does with this model")
-    forget_readout(model)
+    if packing.name != "pad":
+        warn_of_padding(model, examples)
     return dataclasses.replace(PAD, reason="nothing else computes what plain transformers does")
 
 
