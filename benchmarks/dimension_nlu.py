@@ -7,8 +7,8 @@ usage: python benchmarks/dimension_nlu.py --data DIR [--only sst2-did ...] [--ou
 that was stopped goes on where it was. SETTINGS are of a task, the same for all three. The learning rate is the best of
 three by the validation split: of all parameters, and in subspaces at the first d where anything is learned, whose
 multiple of lr √(D/d) every later d is given. A baseline that is not clear of chance ends its measurement with the
-reason, and the next one follows. MRPC is learned for twice as long: after three epochs 0.9 of the baseline, 0.761, is no clearer of
-chance, 0.665, than guessing on as many rows strays from it.
+reason, and the next one follows. MRPC is learned for twice as long: after three epochs 0.9 of the baseline, 0.761, is
+no further from chance, 0.665, than guessing on as many rows strays from it.
 
 0.9 of its own baseline is easier to reach for a net that learns less, so what was measured of a task is measured again
 with one threshold for all, 0.9 of the lowest of their baselines, in the folder TASK-common; few runs are new then, and
