@@ -29,12 +29,11 @@ import trimtab
 from trimtab.adapt.adapter import Adapter
 from trimtab.data.encode import Example
 from trimtab.files import write_whole
-from trimtab.models.fused import fused
 from trimtab.train.loss import causal_loss
 from trimtab.train.packing import Packing, packing_for
 from trimtab.train.plan import micro_batches
 from trimtab.train.settings import Settings
-from trimtab.train.trial import is_plain
+from trimtab.train.trial import Means, agrees
 
 VOCABULARY, LARGEST, SECONDS = 97, 3_000_000, 20
 SIZES = {
@@ -140,7 +139,7 @@ def differences(adapter: Adapter, examples: Sequence[Example]) -> dict[str, Any]
     for name, size in WAYS:
         packing = packing_for(adapter, name, examples)
         if name == "auto":
-            told = {"packing": packing.name, "trial": is_plain(adapter.model, adapter.parameters(), examples, packing)}
+            told = {"packing": packing.name, "trial": agrees(adapter.model, adapter.parameters(), examples, packing)}
         ours = by_trimtab(adapter, examples, packing, size or len(examples))
         apart.append([float((a - b).norm() / b.norm()) for a, b in zip(ours, wanted, strict=True)])
     loss, gradient = map(max, zip(*apart, strict=True))
@@ -159,7 +158,7 @@ def plain(adapter: Adapter, examples: Sequence[Example]) -> Answer:
 
 def by_trimtab(adapter: Adapter, examples: Sequence[Example], packing: Packing, size: int) -> Answer:
     settings = Settings(batch_size=len(examples), micro_batch=size)
-    with fused(adapter.model), packing.on(adapter.model):
+    with Means(packing).on(adapter.model):
         parts = micro_batches(examples, range(len(examples)), settings, packing)
         return answer(adapter, [causal_loss(adapter.model, part) for part in parts])
 

@@ -17,7 +17,7 @@ from trimtab.train import trial
 from trimtab.train.loss import causal_loss
 from trimtab.train.packing import packing_for
 from trimtab.train.settings import Settings
-from trimtab.train.trial import apart, is_plain
+from trimtab.train.trial import agrees, apart
 
 
 def adapted(dtype=torch.float32):
@@ -45,7 +45,7 @@ def wrong(monkeypatch):
 def test_a_run_that_computes_what_transformers_do_differs_by_rounding(name: str, examples, monkeypatch) -> None:
     adapter, found = adapted(), []
     monkeypatch.setattr(trial, "apart", lambda ours, wanted: found.append(apart(ours, wanted)) or found[-1])
-    assert is_plain(adapter.model, adapter.parameters(), examples, packing_for(adapter, name, examples))
+    assert agrees(adapter.model, adapter.parameters(), examples, packing_for(adapter, name, examples))
     loss, gradient = found
     assert 0 <= loss < 1e-6
     assert 0 < gradient < 1e-5
@@ -54,13 +54,13 @@ def test_a_run_that_computes_what_transformers_do_differs_by_rounding(name: str,
 
 def test_a_model_without_numbers_and_data_without_targets_are_told_of_in_training(examples, caplog) -> None:
     adapter = adapted()
-    assert is_plain(adapter.model, adapter.parameters(), [], packing_for(adapter, "auto", examples))
-    assert is_plain(
+    assert agrees(adapter.model, adapter.parameters(), [], packing_for(adapter, "auto", examples))
+    assert agrees(
         adapter.model, adapter.parameters(), [Example([3], [True], 1, 0, False)], packing_for(adapter, "auto", examples)
     )
     with torch.no_grad():
         adapter.model.lm_head.weight[0, 0] = torch.nan
-    assert is_plain(adapter.model, adapter.parameters(), examples, packing_for(adapter, "pad", examples))
+    assert agrees(adapter.model, adapter.parameters(), examples, packing_for(adapter, "pad", examples))
     assert "plainly" not in caplog.text
 
 
@@ -68,9 +68,9 @@ def test_a_model_without_numbers_and_data_without_targets_are_told_of_in_trainin
 def test_what_no_smaller_trial_saw_is_seen(dtype: torch.dtype, by: float, examples, wrong, caplog) -> None:
     adapter = adapted(dtype)
     packing = packing_for(adapter, "auto", examples)
-    assert is_plain(adapter.model, adapter.parameters(), examples, packing)
+    assert agrees(adapter.model, adapter.parameters(), examples, packing)
     wrong(by)
-    assert not is_plain(adapter.model, adapter.parameters(), examples, packing)
+    assert not agrees(adapter.model, adapter.parameters(), examples, packing)
     assert "LlamaForCausalLM is computed plainly, without what makes it faster" in caplog.text
 
 
@@ -78,7 +78,7 @@ def test_what_gives_no_number_is_left_out(examples, wrong, caplog) -> None:
     adapter = adapted()
     packing = packing_for(adapter, "auto", examples)
     wrong(torch.nan)
-    assert not is_plain(adapter.model, adapter.parameters(), examples, packing)
+    assert not agrees(adapter.model, adapter.parameters(), examples, packing)
     assert "the loss is nan% apart" in caplog.text
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 from trimtab.cli.flags import parse
 from trimtab.cli.plain_lines import PlainLines
 from trimtab.errors import UsageError
-from trimtab.models.dtypes import DTYPES
+from trimtab.models.dtypes import FULL
 from trimtab.options import from_mapping, option
 
 if TYPE_CHECKING:
@@ -59,8 +59,7 @@ class ModelFlags(ModelName):
     threads: int | None = option(None, "CPU threads; by default measured")
 
     def __post_init__(self) -> None:
-        full = {short: name for name, short in DTYPES.items()}
-        object.__setattr__(self, "dtype", full.get(self.dtype, self.dtype))  # so that a recipe says one of three
+        object.__setattr__(self, "dtype", FULL.get(self.dtype, self.dtype))  # a recipe has one name for each
 
 
 def options(cls: type[T], name: str, summary: str, argv: Sequence[str], notes: str = "") -> tuple[T, Output]:

@@ -56,7 +56,7 @@ class DimensionFlags:
     rates: str | None = option(
         None,
         "multiples of the learning rate to choose from, as 0.5,1,2; by default the rate itself, and of a pretrained "
-        "model 1,4,16, chosen at the first d",
+        "model 1,4,16, chosen at the first d where something is learned",
     )
     rates_at: Literal["each", "first"] | None = option(
         None, "choose at each d (usual with --rates), or for all of them at the first d where something is learned"

@@ -11,15 +11,16 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 """torch's names, and the short ones."""
+FULL = {known: full for full, short in DTYPES.items() for known in (full, short)}
+"""torch's name of each of them."""
 
 
 def torch_dtype(name: str) -> torch.dtype:
     """The dtype with this name, torch's own or the short one. UsageError for any other."""
     import torch
 
-    known = {known: full for full, short in DTYPES.items() for known in (full, short)}
-    if name not in known:
-        raise UsageError(f"dtype is '{name}', but must be one of {', '.join(DTYPES)}{did_you_mean(name, known)}")
-    found = getattr(torch, known[name])
+    if name not in FULL:
+        raise UsageError(f"dtype is '{name}', but must be one of {', '.join(DTYPES)}{did_you_mean(name, FULL)}")
+    found = getattr(torch, FULL[name])
     assert isinstance(found, torch.dtype)
     return found

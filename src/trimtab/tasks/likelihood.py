@@ -9,14 +9,12 @@ from typing import Any
 from trimtab.data.batch import Batch
 from trimtab.data.encode import Example
 from trimtab.errors import UsageError
-from trimtab.models.fused import fused
-from trimtab.models.readout import all_logits
 from trimtab.tasks.evaluating import device_of, evaluating
 from trimtab.tasks.knowledge import Question
 from trimtab.tasks.statistics import Interval, bootstrap, mean
 from trimtab.train.loss import term_nats
 from trimtab.train.packing import packing_of
-from trimtab.train.trial import is_plain, plainly
+from trimtab.train.trial import means_for
 
 
 @dataclass(frozen=True)
@@ -102,13 +100,11 @@ def log_likelihoods(
     """
     examples = [example for batch in batches for question in batch for example in question]
     with evaluating(model):
-        packing = packing_of(model, "auto", examples)
-        lean = is_plain(model, (), examples, packing)
-        packing = packing if lean else plainly(model, "auto", examples, packing)
-    with evaluating(model), fused(model) if lean else all_logits(model), packing.on(model):
+        means = means_for(model, (), "auto", examples, packing_of(model, "auto", examples))
+    with evaluating(model), means.on(model):
         for number, batch in enumerate(batches):
             together = [example for question in batch for example in question]
-            sums = iter(_sums(model, packing.build_eval(together, 0), together))
+            sums = iter(_sums(model, means.packing.build_eval(together, 0), together))
             tell(number, [[next(sums) for _ in question] for question in batch])
 
 

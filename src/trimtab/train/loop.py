@@ -13,7 +13,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,6 @@ from trimtab.adapt.adapter import Adapter, state_of
 from trimtab.data.batch import Batch, pad
 from trimtab.data.encode import Example
 from trimtab.errors import UsageError, problems_to_error
-from trimtab.models.fused import fused
-from trimtab.models.readout import all_logits
 from trimtab.train.checkpoint import (
     Progress,
     clear_partial,
@@ -48,10 +46,10 @@ from trimtab.train.guard import (
 from trimtab.train.interrupt import between_steps
 from trimtab.train.loss import Loss, causal_loss, mean_loss, refuse_not_causal
 from trimtab.train.metrics import Logger, MetricsFile
-from trimtab.train.packing import Build, Packing, packing_for
+from trimtab.train.packing import Build, packing_for
 from trimtab.train.plan import Plan, eval_batches, micro_batches
 from trimtab.train.settings import Settings
-from trimtab.train.trial import is_plain, plainly
+from trimtab.train.trial import Means, means_for
 
 log = logging.getLogger("trimtab")
 
@@ -145,8 +143,10 @@ def fit(
     useful = [example for example in (*examples, *eval_examples) if example.targets]
     with memory_advice(settings):
         packing = packing_for(adapter, settings.packing, useful, loss, build)
-        lean = loss is not causal_loss or is_plain(model, adapter.parameters(), useful, packing, pad_id)
-        packing = packing if lean else plainly(model, settings.packing, useful, packing)
+        means = Means(packing)
+        if loss is causal_loss:
+            means = means_for(model, adapter.parameters(), settings.packing, useful, packing, pad_id)
+    packing = means.packing
     log.info("packing: %s, %s", packing.name, packing.reason)
     plan = Plan.of(examples, settings, adapter.method.default_lr, by_length=packing.name == "pad")
     if silent := len(examples) - len(plan.useful):
@@ -155,7 +155,7 @@ def fit(
     parameters, optimizer = adapter.parameters(), _optimizer(adapter, plan.base_lr, settings)
     identity = run_identity(adapter, settings, examples, eval_examples)
 
-    with _set_up(model, settings, packing, lean), between_steps(out is not None) as wish:
+    with _set_up(model, settings, means), between_steps(out is not None) as wish:
         progress = _resumed(out, adapter, optimizer, identity) if resume else Progress()
         adapter.prepare(plan.steps)
         good, eval_loss, clock = LastGood(adapter, progress.step), progress.eval_loss, Clock(progress.seconds)
@@ -201,10 +201,9 @@ def fit(
 
 
 @contextmanager
-def _set_up(model: nn.Module, settings: Settings, packing: Packing, lean: bool) -> Iterator[None]:
+def _set_up(model: nn.Module, settings: Settings, means: Means) -> Iterator[None]:
     """The model as training needs it: its mode, leaner layers, attention that takes the batches."""
-    means: AbstractContextManager[Any] = fused(model) if lean else all_logits(model)
-    with memory_advice(settings), training_mode(model, settings), means, packing.on(model):
+    with memory_advice(settings), training_mode(model, settings), means.on(model):
         yield
 
 

@@ -43,7 +43,7 @@ class Settings:
         None, "write a checkpoint to resume from every so many steps; by default every five minutes"
     )
     keep_best: bool = option(False, "finish with the weights of the lowest evaluation loss, not the last ones")
-    seed: int = option(0, "of the adapter's start, the order of the data and dropout", least=0)
+    seed: int = option(0, "of the adapter's start, the order of the data and dropout")
 
     def __post_init__(self) -> None:
         problems_to_error(self.problems(), "training settings")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from trimtab.data.encode import Example
 from trimtab.deltas.layout import original_class
 from trimtab.errors import TRIAL_FAILURES, UsageError, ran_out_of_memory
 from trimtab.models.fused import fused
+from trimtab.models.readout import all_logits
 from trimtab.ops.products import NARROW
 from trimtab.train.loss import causal_loss
 from trimtab.train.packing import PAD, Packing, warn_of_padding
@@ -32,10 +34,46 @@ NARROW_LOSS, NARROW_GRADIENT = 2e-2, 0.5
 """The same in bf16 and fp16."""
 
 
-def is_plain(
+@dataclasses.dataclass(frozen=True)
+class Means:
+    """By what a loss is computed: how its batches are built, and whether layers and logits take shortcuts."""
+
+    packing: Packing
+    lean: bool = True
+
+    @contextmanager
+    def on(self, model: nn.Module) -> Iterator[None]:
+        """Within the block the model computes by these means."""
+        with fused(model) if self.lean else all_logits(model), self.packing.on(model):
+            yield
+
+
+def means_for(
+    model: nn.Module,
+    trained: Sequence[Tensor],
+    wanted: str,
+    examples: Sequence[Example],
+    packing: Packing,
+    pad_id: int = 0,
+) -> Means:
+    """All shortcuts, with the packing that `wanted` came to, where they agree with plain transformers; else none.
+
+    trained: of what gradients are compared; none for scores. UsageError where a packing was asked for by name that
+    does not agree.
+    """
+    if agrees(model, trained, examples, packing, pad_id):
+        return Means(packing)
+    if wanted in ("tree", "pack"):
+        raise UsageError(f"packing '{wanted}' does not compute what plain transformers does with this model")
+    if packing.name != "pad":
+        warn_of_padding(model, examples)
+    return Means(dataclasses.replace(PAD, reason="nothing else computes what plain transformers does"), lean=False)
+
+
+def agrees(
     model: nn.Module, trained: Sequence[Tensor], examples: Sequence[Example], packing: Packing, pad_id: int = 0
 ) -> bool:
-    """Whether these means have the loss of plain transformers, and its gradient for what is trained; said if not."""
+    """Whether by all shortcuts a few examples have the loss and gradient of plain transformers; said if not."""
     some = _few(examples)
     if not some:
         return True
@@ -45,7 +83,7 @@ def is_plain(
         if not all(bool(tensor.isfinite().all()) for tensor in wanted):
             return True  # of which training tells
         try:
-            loss, gradient = map(apart, _by_the_run(model, trained, some, packing, pad_id), wanted)
+            loss, gradient = map(apart, _by(Means(packing), model, trained, some, pad_id), wanted)
         except TRIAL_FAILURES as error:
             if ran_out_of_memory(error):
                 raise
@@ -56,21 +94,11 @@ def is_plain(
                 if trained:
                     log.info("checked against plain transformers: loss %.1e, gradient %.1e apart", loss, gradient)
                 return True
-            why = f"the loss is {loss:.1%} apart from plain transformers'" + f", the gradient {gradient:.1%}" * bool(
-                trained
-            )
+            why = f"the loss is {loss:.1%} apart from plain transformers'"
+            why += f", the gradient {gradient:.1%}" if trained else ""
     name = original_class(model).__name__
     log.warning("%s is computed plainly, without what makes it faster: with that %s", name, why)
     return False
-
-
-def plainly(model: nn.Module, wanted: str, examples: Sequence[Example], packing: Packing) -> Packing:
-    """Padded batches, for a model that `is_plain` says no of with `packing`. UsageError where others were asked for."""
-    if wanted in ("tree", "pack"):
-        raise UsageError(f"packing '{wanted}' does not compute what plain transformers does with this model")
-    if packing.name != "pad":
-        warn_of_padding(model, examples)
-    return dataclasses.replace(PAD, reason="nothing else computes what plain transformers does")
 
 
 def _few(examples: Sequence[Example]) -> list[Example]:
@@ -99,11 +127,9 @@ def _by_transformers(model: nn.Module, trained: Sequence[Tensor], some: Sequence
     return _with_gradient(trained, torch.stack(losses).sum())
 
 
-def _by_the_run(
-    model: nn.Module, trained: Sequence[Tensor], some: Sequence[Example], packing: Packing, pad_id: int
-) -> Answer:
-    with fused(model), packing.on(model):
-        batch = packing.build(some, pad_id).to(next(model.parameters()).device)
+def _by(means: Means, model: nn.Module, trained: Sequence[Tensor], some: Sequence[Example], pad_id: int) -> Answer:
+    with means.on(model):
+        batch = means.packing.build(some, pad_id).to(next(model.parameters()).device)
         return _with_gradient(trained, causal_loss(model, batch))
 
 
