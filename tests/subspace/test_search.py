@@ -69,6 +69,19 @@ def test_a_search_goes_down_to_the_least_d_there_is(tmp_path: Path) -> None:
     assert not (tmp_path / "notes").exists()
 
 
+def test_the_search_goes_on_below_a_d_that_does_better_than_the_next() -> None:
+    """50 is below the threshold, 0.9, but 25 and 50 together are not: the fit, which does not fall, is above from 25 on."""
+    curve = {12: (0.5, 0.5, 0.5), 25: (0.96, 0.96, 0.96), 50: (0.95, 0.8, 0.8), 100: (0.97, 0.97, 0.97)}
+
+    def train(run: Run) -> Outcome:
+        score = 1.0 if run.d is None else curve[run.d][run.seed]
+        return Outcome(run.seed, run.d or D, run.lr, score, score, score, 2.0, 0.1, 1.0, 10, diverged=False)
+
+    own = found(Runs(lambda: train, {"task": "made up"}), start=100, factor=2, resolution=2)
+    assert list(own.scores) == [12, 25, 50, 100]
+    assert 12 < own.crossing.low <= own.crossing.d <= own.crossing.high < 100
+
+
 def test_a_grid_is_tried_as_it_is_and_gives_the_first_crossing() -> None:
     own = found(runs(d90=700.0), grid=(100, 500, 750, 900))
     assert sorted(own.scores) == [100, 500, 750, 900]

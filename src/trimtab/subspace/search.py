@@ -281,14 +281,14 @@ class _Search:
             low, high = (low, middle) if self.mean(middle) >= wanted else (middle, high)
 
     def close_interval(self, baseline: Sequence[float]) -> None:
-        """Train a few d more where the interval has no upper or no lower end among those there are."""
+        """Train a few d more where the interval, or d90 with it, has no upper or no lower end among those there are."""
         for _ in range(FURTHER):
             found = crossing(self.scores, baseline, self.plan.threshold)
-            largest, smallest = max(self.scores), min(self.scores)
-            if found.d > 0 and found.high == math.inf > found.d and largest < self.D:
-                self.mean(min(self.D, math.ceil(largest * max(self.plan.resolution, 1.1))))
-            elif found.d < math.inf and found.low == 0 < found.d and smallest > self.least:
-                self.mean(max(self.least, math.floor(smallest / max(self.plan.resolution, 1.1))))
+            largest, smallest, factor = max(self.scores), min(self.scores), max(self.plan.resolution, 1.1)
+            if found.high == math.inf and largest < self.D:
+                self.mean(min(self.D, math.ceil(largest * factor)))
+            elif found.low == 0 and smallest > self.least:
+                self.mean(max(self.least, math.floor(smallest / factor)))
             else:
                 return
 
