@@ -70,7 +70,7 @@ def test_a_search_goes_down_to_the_least_d_there_is(tmp_path: Path) -> None:
 
 
 def test_the_search_goes_on_below_a_d_that_does_better_than_the_next() -> None:
-    """50 is below 0.9, the threshold, but 25 and 50 together are not: the fit never falls, so it is above from 25 on."""
+    """50 is below the threshold, 0.9, but 25 and 50 together are not, so that the fit is above it from 25 on."""
     curve = {12: (0.5, 0.5, 0.5), 25: (0.96, 0.96, 0.96), 50: (0.95, 0.8, 0.8), 100: (0.97, 0.97, 0.97)}
 
     def train(run: Run) -> Outcome:
