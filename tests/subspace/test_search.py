@@ -19,7 +19,7 @@ from made_up_trainer import D
 from trimtab.errors import FormatError, UsageError
 from trimtab.subspace.crossing import Threshold
 from trimtab.subspace.runs import Run, Runs
-from trimtab.subspace.search import SWEEP_SEED, Measured, NoDimension, Plan, measure
+from trimtab.subspace.search import SWEEP_SEED, Judged, Measured, NoDimension, Plan, measure
 from trimtab.subspace.training import Outcome
 
 
@@ -31,7 +31,8 @@ def runs(folder: Path | None = None, workers: int = 1, about: dict | None = None
 
 def found(own: Runs, chance: float = 0.1, least: int = 1, **plan) -> Measured:
     with closing(own):
-        return measure(own, D, Plan(**plan), scored="test", chance=chance, examples=10_000, least=least)
+        scored, chosen = (Judged(split, chance, 10_000) for split in ("test", "validation"))
+        return measure(own, D, Plan(**plan), scored=scored, chosen=chosen, least=least)
 
 
 @pytest.mark.parametrize("d90", [3.0, 40.0, 700.0, 30_000.0])
@@ -122,7 +123,7 @@ def test_rates_are_scaled_and_chosen_by_a_seed_of_their_own() -> None:
     swept = [run for run in own.known if run.seed == SWEEP_SEED]
     assert len(swept) == 3 * (len(done.scores) + 1), "the baseline is tuned like every d"
     plain = found(runs(d90=700.0), lr=1e-3)
-    assert plain.rates[D] == 1e-3
+    assert plain.baseline_rate == 1e-3
     assert all(rate == pytest.approx(1e-3 * (D / d) ** 0.5) for d, rate in plain.rates.items())
     assert set(found(runs(d90=700.0), lr=1e-3, lr_scale="none").rates.values()) == {1e-3}
 
@@ -149,7 +150,7 @@ def test_a_choice_waits_for_a_d_where_something_is_learned(grid: tuple[int, ...]
     own = Runs(lambda: train, {})
     done = found(own, rates=(1.0, 2.0, 4.0), rates_at="first", lr=1e-3, start=10, resolution=4, grid=grid)
     multiples = {d: round(rate / (1e-3 * (D / d) ** 0.5)) for d, rate in done.rates.items()}
-    assert multiples == {10: 1, 40: 1, 160: 4, 640: 4, 2560: 4, D: 1}
+    assert (multiples, done.baseline_rate) == ({10: 1, 40: 1, 160: 4, 640: 4, 2560: 4}, 1e-3)
     assert {run.d for run in own.known if run.seed == SWEEP_SEED} >= {None, 10, 40, 160}
     if not grid:
         assert {run.d for run in own.known if run.seed == SWEEP_SEED} == {None, 10, 40, 160}
@@ -162,8 +163,33 @@ def test_the_multiple_that_is_chosen_is_the_best_by_validation() -> None:
         return Outcome(run.seed, run.d or D, run.lr, 0.9, validation, 0.9, 2.0, 0.1, 1.0, 10, False)
 
     plan = {"rates": (1.0, 2.0, 4.0), "lr_scale": "none", "grid": (10, 20)}
-    assert found(Runs(lambda: train, {}), **plan).rates == {10: 2e-3, 20: 1e-3, D: 1e-3}
-    assert found(Runs(lambda: train, {}), rates_at="first", **plan).rates == {10: 2e-3, 20: 2e-3, D: 1e-3}
+    own = found(Runs(lambda: train, {}), **plan)
+    assert (own.rates, own.baseline_rate, own.chosen_by) == ({10: 2e-3, 20: 1e-3}, 1e-3, "validation")
+    assert found(Runs(lambda: train, {}), rates_at="first", **plan).rates == {10: 2e-3, 20: 2e-3}
+
+
+def test_all_parameters_have_a_rate_of_their_own_beside_d_equal_to_them() -> None:
+    def train(run: Run) -> Outcome:
+        score = 1 - abs(run.lr - (2e-3 if run.d is None else 1e-3))
+        return Outcome(run.seed, run.d or D, run.lr, score, score, score, 2.0, 0.1, 1.0, 10, False)
+
+    own = found(Runs(lambda: train, {}), rates=(1.0, 2.0), grid=(D,))
+    assert (own.baseline_rate, own.rates) == (2e-3, {D: 1e-3})
+
+
+def test_whether_something_is_learned_is_asked_of_the_split_that_chooses() -> None:
+    """80 % of the validation split are of one class, half of the test split: guessing that class is no learning."""
+
+    def train(run: Run) -> Outcome:
+        learned = run.d is None or (run.d >= 160 and run.lr > 3e-3)
+        test, validation = (0.95, 0.97) if learned else (0.5, 0.8)
+        return Outcome(run.seed, run.d or D, run.lr, test, validation, test, 2.0, 0.1, 1.0, 10, False)
+
+    plan = Plan(rates=(1.0, 4.0), rates_at="first", lr=1e-3, lr_scale="none", grid=(10, 40, 160))
+    own = measure(
+        Runs(lambda: train, {}), D, plan, scored=Judged("test", 0.5, 10_000), chosen=Judged("validation", 0.8, 500)
+    )
+    assert own.rates == {10: 1e-3, 40: 1e-3, 160: 4e-3}
 
 
 def test_stored_runs_are_not_trained_again(tmp_path: Path) -> None:
@@ -194,11 +220,11 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import made_up_trainer
 from trimtab.subspace.runs import Runs
-from trimtab.subspace.search import Plan, measure
+from trimtab.subspace.search import Judged, Plan, measure
 make = functools.partial(made_up_trainer.trainer, notes=Path({notes!r}), seconds=0.1)
 if __name__ == "__main__":
     runs = Runs(make, {{"task": "made up"}}, Path({folder!r}), workers={workers})
-    measure(runs, made_up_trainer.D, Plan(), scored="test", chance=0.1, examples=100)
+    measure(runs, made_up_trainer.D, Plan(), scored=Judged("test", 0.1, 100))
 """
 
 
@@ -277,7 +303,25 @@ def test_a_threshold_that_guessing_reaches_is_refused() -> None:
         found(runs(), chance=0.5, threshold=Threshold("absolute", 0.505))
 
 
-@pytest.mark.parametrize("mode", ["global", "absolute"])
+@pytest.mark.parametrize(
+    ("baseline", "threshold", "reason"),
+    [
+        (0.85, Threshold("global", 0.9), "baseline below the threshold"),
+        (0.5, Threshold("absolute", 0.7), "near chance"),
+    ],
+    ids=str,
+)
+def test_a_baseline_that_misses_the_threshold_is_refused_before_any_subspace(
+    baseline: float, threshold: Threshold, reason: str
+) -> None:
+    own = runs(baseline=baseline)
+    with pytest.raises(NoDimension) as error:
+        found(own, chance=0.5, threshold=threshold)
+    assert reason in error.value.reason
+    assert {run.d for run in own.known} == {None}
+
+
+@pytest.mark.parametrize("mode", ["global", "absolute", "local"])
 def test_a_threshold_that_is_known_beforehand_is_refused_before_any_training(mode: str, tmp_path: Path) -> None:
     with pytest.raises(NoDimension, match="any d would pass"):
         found(runs(notes=tmp_path / "notes"), chance=0.5, threshold=Threshold(mode, 0.505))
@@ -300,6 +344,11 @@ def test_a_baseline_that_diverged_is_refused() -> None:
         {"lr_scale": "d"},
         {"rates_at": "last"},
         {"rates": ()},
+        {"rates": (1.0, float("inf"))},
+        {"lr": float("inf")},
+        {"seeds": SWEEP_SEED + 1},
+        {"seeds": 1.5},
+        {"start": 2.5},
         {"factor": 1},
     ],
     ids=str,

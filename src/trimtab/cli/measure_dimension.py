@@ -255,8 +255,7 @@ def _measured(flags: DimensionFlags, subject: Subject, plan: Plan, screen: Scree
                 subject.D,
                 plan,
                 scored=subject.scored,
-                chance=subject.chance,
-                examples=subject.examples,
+                chosen=subject.chosen,
                 least=subject.least,
                 at=at,
             )

@@ -9,7 +9,15 @@ from typing import Any
 from trimtab.files import write_whole
 from trimtab.report import wording
 from trimtab.report.dimension_plots import dimension_against, dimension_by_row, gap_against_bound
-from trimtab.report.dimension_results import RESULTS, Measurement, Unmeasured, as_json, protocol_sentence, told
+from trimtab.report.dimension_results import (
+    RESULTS,
+    Measurement,
+    Unmeasured,
+    as_json,
+    edge_sentences,
+    protocol_sentence,
+    told,
+)
 from trimtab.report.direction_tables import Table
 from trimtab.report.template import filled
 
@@ -43,13 +51,11 @@ def _measured(series: Sequence[Measurement | Unmeasured]) -> list[Measurement]:
 
 def _first_and_last(series: Sequence[Measurement], title: str) -> list[str]:
     first, last = series[0], series[-1]
+    threshold = first.measured.plan.threshold
+    start = f"{threshold.dimension.replace('the', 'The')} of {title} is {told(first.measured)} at {first.label}"
     if len(series) == 1:
-        threshold = first.measured.plan.threshold
-        return [f"d90 of {title} is {told(first.measured)} at {first.label}, the threshold being {threshold}"]
-    said = [
-        f"d90 of {title} is {told(first.measured)} at {first.label} and {told(last.measured)} at {last.label}, "
-        f"the threshold of each being {first.measured.plan.threshold}"
-    ]
+        return [f"{start}, the threshold being {threshold}"]
+    said = [f"{start} and {told(last.measured)} at {last.label}, the threshold of each being {threshold}"]
     (first_low, first_high), (last_low, last_high) = first.bounds, last.bounds
     if last_high < first_low:
         said.append("It falls along the series: the intervals of the first and the last are apart")
@@ -82,7 +88,7 @@ def _least_and_largest(found: Sequence[Measurement], threshold: str) -> list[str
         return [f"d90 of {least.label} is {told(least.measured)}; {threshold}"]
     said = f"d90 is least for {least.label}, {told(least.measured)}, and largest for {most.label}, "
     apart = "The intervals of the two meet, so these runs do not say which is larger"
-    if least.measured.crossing.high < most.measured.crossing.low:
+    if least.bounds[1] < most.bounds[0]:
         apart = "The intervals of the two are apart"
     return [f"{said}{told(most.measured)}; {threshold}", apart]
 
@@ -97,7 +103,9 @@ def _cautions(several: Sequence[Measurement]) -> list[str]:
         said.append(f"They were not trained alike ({names}): d90 depends on that too, whatever else differs")
     few = [one.label for one in several if one.measured.plan.seeds < 3]
     if few:
-        said.append(f"Fewer than 3 seeds are too few for an interval to be trusted: {', '.join(few)}")
+        said.append(f"Fewer than 3 seeds make no interval, or a very wide one: {', '.join(few)}")
+    for one in several:
+        said += [f"{one.label}: {told}" for told in edge_sentences(one.measured)]
     diverged = [f"{one.label} {one.measured.diverged}" for one in several if one.measured.diverged]
     if diverged:
         said.append(f"Runs in subspaces that diverged count with the score they ended with: {', '.join(diverged)}")

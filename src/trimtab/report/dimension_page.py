@@ -25,8 +25,9 @@ def render(measured: Measured, about: Told) -> str:
     import markupsafe
 
     caption = (
-        "Grey: one run each. The band is the interval of the intrinsic dimension; where there is no band, it was "
-        "not found within the d that were tried."
+        "Grey: one run each. The band is the interval of the intrinsic dimension, as far as d were tried; where there "
+        "is no band, it was not found within them. The curve is the fit: the nearest means that do not fall, joined by "
+        "logistic curves in log d."
     )
     context = {
         "title": f"Intrinsic dimension of {about.title}",
@@ -43,7 +44,7 @@ def render(measured: Measured, about: Told) -> str:
 
 def score_table(measured: Measured) -> Table:
     """A row of text for the baseline and every d."""
-    rows = [_row("all parameters", measured.baseline, measured.rates[measured.D])]
+    rows = [_row("all parameters", measured.baseline, measured.baseline_rate)]
     rows += [_row(f"{d:,}", own, measured.rates[d]) for d, own in sorted(measured.scores.items())]
     return Table("", ("d", "mean", "each seed", "learning rate"), rows)
 

@@ -11,10 +11,11 @@ import numpy as np
 
 from trimtab.report.dimension_results import Measurement, told
 from trimtab.report.svg import ACCENT, BEFORE, INK, MUTED, SECOND, draw
+from trimtab.subspace.crossing import curve
 from trimtab.subspace.search import Measured
 
 DASHED = (0, (4, 2))
-D90 = "intrinsic dimension, d90"
+D90 = "intrinsic dimension"
 LONGEST = 32
 """Characters of a label in a figure."""
 LABEL = 8
@@ -44,13 +45,13 @@ def accuracy_by_dimension(measured: Measured, metric: str, name: str) -> str:
         for d in ds:
             axes.plot([d] * len(measured.scores[d]), measured.scores[d], "o", color=BEFORE, markersize=4)
         means = [sum(measured.scores[d]) / len(measured.scores[d]) for d in ds]
-        axes.plot(ds, means, ".-", color=ACCENT, markersize=7, linewidth=1.4, label="mean of the seeds")
+        axes.plot(ds, means, ".", color=ACCENT, markersize=7, label="mean of the seeds")
+        axes.plot(*curve(found.fitted), color=ACCENT, linewidth=1.4, label="fit")
         axes.axhline(measured.mean_baseline, color=INK, linewidth=1.0, label="all parameters")
         axes.axhline(found.threshold, color=INK, linewidth=1.0, linestyle=DASHED, label="threshold")
         axes.axhline(measured.chance, color=MUTED, linewidth=1.0, linestyle=":", label="chance")
         if 0 < found.d < math.inf:
-            high = min(found.high, measured.D)
-            axes.axvspan(max(found.low, 1), high, color=SECOND, alpha=0.2, linewidth=0)
+            axes.axvspan(max(found.low, ds[0]), min(found.high, ds[-1]), color=SECOND, alpha=0.2, linewidth=0)
             axes.axvline(found.d, color=SECOND, linewidth=1.4, label="intrinsic dimension")
         axes.set_xscale("log")
         axes.set_xlabel("dimension of the subspace, d")
@@ -58,7 +59,7 @@ def accuracy_by_dimension(measured: Measured, metric: str, name: str) -> str:
         axes.set_xticks(_apart(ds))
         axes.minorticks_off()
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=5, labelcolor=INK)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, labelcolor=INK)
 
     alt = f"{metric} against the dimension of the subspace; intrinsic dimension {told(measured)}"
     return draw(3.4, paint, name=name, alt=alt, tips={})

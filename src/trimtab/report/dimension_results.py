@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -11,13 +12,13 @@ from typing import Any, NamedTuple
 
 from trimtab.errors import UsageError
 from trimtab.files import name_of, read_json
+from trimtab.subspace.crossing import Threshold
 from trimtab.subspace.search import MALFORMED, Measured, Plan
 
 RESULTS = "results.json"
 UNSAID = {"optimizer": "adam", "betas": (0.9, 0.999), "l2": 0.0}
 """How runs on sentences are trained, all alike, so that it is not among what they depend on."""
 TRAINED = {
-    "epochs": "{} epochs",
     "batch_size": "batches of {}",
     "optimizer": "optimizer {}",
     "l2": "L2 {:g}",
@@ -77,8 +78,10 @@ class Measurement(NamedTuple):
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """What d90 lies between by its interval, 0 and infinity where that is open. An interval all below or all above
-        the d that were tried says no more than that it ends, or begins, with them."""
+        """What d90 lies between by its interval, 0 and infinity where that is open or there is one seed. An interval
+        all below or all above the d that were tried says no more than that it ends, or begins, with them."""
+        if self.measured.plan.seeds == 1:
+            return 0, math.inf
         low, high = self.measured.crossing.low, self.measured.crossing.high
         return max(self.measured.scores) if low == math.inf else low, high or min(self.measured.scores)
 
@@ -152,56 +155,113 @@ def _read(folder: Path) -> tuple[Measured, Told]:
 
 
 def told(measured: Measured) -> str:
-    """d90 with its interval, in words."""
-    found = measured.crossing
+    """d90 with its interval, in words; one seed has none."""
+    found, several = measured.crossing, measured.plan.seeds > 1
+    smallest, largest = min(measured.scores), max(measured.scores)
     if found.d == math.inf:
-        return f"above {max(measured.scores):,}, the largest d tried"
+        said = f"above {largest:,}, the largest d tried"
+        if largest == measured.D:
+            said = "not reached at any d tried, D included, at these learning rates"
+        return f"{said}; from {_number(found.low)} on by its interval" if several and 0 < found.low < math.inf else said
     if found.d == 0:
-        return f"at most {min(measured.scores):,}, the smallest d tried"
-    low = f"{found.low:,.0f}" if found.low > 0 else f"below {min(measured.scores):,}"
-    high = f"{found.high:,.0f}" if found.high < math.inf else f"above {max(measured.scores):,}"
-    return f"{found.d:,.0f} [{low}, {high}]"
+        said = f"at most {smallest:,}, the smallest d tried"
+        return f"{said}; up to {_number(found.high)} by its interval" if several and 0 < found.high < math.inf else said
+    low = _number(found.low) if found.low > 0 else f"below {smallest:,}"
+    high = _number(found.high) if found.high < math.inf else f"above {largest:,}"
+    return f"{_number(found.d)} [{low}, {high}]" if several else _number(found.d)
+
+
+def _number(d: float) -> str:
+    return f"{d:,.0f}" if d >= 100 else f"{d:.3g}"
+
+
+def count(number: int, what: str) -> str:
+    """A number of things: 1 seed, 3 seeds."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def sentences(measured: Measured, about: Told) -> list[str]:
     """What was found and what it is good for."""
     found, plan = measured.crossing, measured.plan
+    name, bracketed = plan.threshold.dimension, 0 < found.d < math.inf and plan.seeds > 1
+    seeds = count(plan.seeds, "seed") + (", a 95 % bootstrap interval in brackets" if bracketed else "")
     said = [
-        f"d90 of {about.title} is {told(measured)} of D = {measured.D:,} parameters, with {plan.seeds} seeds and a "
-        f"95 % bootstrap interval: where {about.metric} on {about.split} reaches {found.threshold:.4g}, "
-        f"{plan.threshold}, with the baseline at {measured.mean_baseline:.4g} and chance at {measured.chance:.4g}",
+        f"{name.replace('the', 'The')} of {about.title} is {told(measured)}, with D = {measured.D:,} parameters and "
+        f"{seeds}: where {about.metric} on {about.split} reaches {found.threshold:.4g}{_of_what(plan.threshold)}, with "
+        f"the baseline at {measured.mean_baseline:.4g} and chance at {measured.chance:.4g}",
         protocol_sentence(measured, about),
     ]
+    said += edge_sentences(measured)
     if found.first is not None:
         said.append(
             f"By the first-crossing rule, the smallest d tried whose mean is above the threshold: {found.first:,}"
         )
-    if plan.seeds < 3:
-        said.append(f"{plan.seeds} seeds are too few for an interval to be trusted: take 3 or more")
+    if plan.seeds == 1:
+        said.append("One seed has no interval: take 3 or more")
+    elif plan.seeds == 2:
+        said.append("2 seeds make an interval that is very wide: take 3 or more")
     if measured.diverged:
-        said.append(f"{measured.diverged} of the runs in subspaces diverged and count with the score they ended with")
+        said.append(f"Diverged in subspaces, and counted with the score at the end: {count(measured.diverged, 'run')}")
     if 0 < found.d < math.inf:
-        said += _budget(found.d, about.features)
+        said += _budget(found.d, name, about.features)
     return said
+
+
+def _of_what(threshold: Threshold) -> str:
+    """What a threshold is, after the accuracy that it comes to."""
+    return {"local": f", {threshold.value:g} of the baseline (local)", "global": " of 1.0 (global)"}.get(
+        threshold.mode, " (absolute)"
+    )
+
+
+def edge_sentences(measured: Measured) -> list[str]:
+    """What was chosen at an end of the rates that were tried: what lies beyond is not known."""
+    plan = measured.plan
+    if len(plan.rates) == 1:
+        return []
+    ends, chosen = (min(plan.rates), max(plan.rates)), multiples(measured)
+    own = [f"{chosen[None]:g} for all parameters"] if chosen[None] in ends else []
+    within = sorted({rate for d, rate in chosen.items() if d is not None and rate in ends})
+    own += [f"{' and '.join(f'{rate:g}' for rate in within)} in subspaces"] if within else []
+    return [f"At an end of the multiples tried: {', '.join(own)}; one beyond might do better"] if own else []
+
+
+def multiples(measured: Measured) -> dict[int | None, float]:
+    """The multiple of the learning rate that was chosen at each d; None for all parameters."""
+    plan = measured.plan
+    found: dict[int | None, float] = {None: measured.baseline_rate / plan.lr}
+    for d, rate in measured.rates.items():
+        found[d] = rate / plan.lr / (math.sqrt(measured.D / d) if plan.lr_scale == "sqrt" else 1.0)
+    return {d: min(plan.rates, key=lambda rate, own=own: abs(rate - own)) for d, own in found.items()}  # type: ignore[misc]
 
 
 def protocol_sentence(measured: Measured, about: Told) -> str:
     """How each run was trained; the learning rate of every d stands in the table."""
     own, plan = about.protocol, measured.plan
-    said = [words.format(own[key]) for key, words in TRAINED.items() if key in own]
+    said = [count(own["epochs"], "epoch")] if "epochs" in own else []
+    said += [words.format(own[key]) for key, words in TRAINED.items() if key in own]
     scale = "times √(D/d)" if plan.lr_scale == "sqrt" else "the same"
     said.append(f"learning rate {plan.lr:g} for all parameters and {scale} in a subspace")
     if len(plan.rates) > 1:
         tried = ", ".join(f"{rate:g}" for rate in plan.rates)
-        once = ", chosen once for all d" if plan.rates_at == "first" else ""
-        said.append(f"each times the best of {tried} by the validation split{once}")
+        said.append(f"each times the best of {tried} by the {measured.chosen_by} split, {_chosen(multiples(measured))}")
     return f"Each run was trained with {', '.join(said)}"
 
 
-def _budget(d: float, features: tuple[int, int] | None) -> list[str]:
+def _chosen(own: Mapping[int | None, float]) -> str:
+    """Which multiple of the rate each d has, those of one multiple in a row told together."""
+    within = sorted((d, rate) for d, rate in own.items() if d is not None)
+    if len({rate for _, rate in within}) == 1:
+        return f"{own[None]:g} for all parameters and {within[0][1]:g} in every subspace"
+    parts = [(rate, [d for d, _ in group]) for rate, group in itertools.groupby(within, key=lambda pair: pair[1])]
+    spans = [f"{rate:g} at d = {ds[0]:,}{f' to {ds[-1]:,}' if len(ds) > 1 else ''}" for rate, ds in parts]
+    return f"{own[None]:g} for all parameters and in subspaces {', '.join(spans)}"
+
+
+def _budget(d: float, name: str, features: tuple[int, int] | None) -> list[str]:
     caution = (
-        "r is the rank of each matrix and d90 counts directions of the whole model: they are no conversion of one "
-        "another, but a task whose d90 is small is one for a small rank, or for few layers"
+        f"r is the rank of each matrix and {name} counts directions of the whole model: neither follows from the "
+        "other, but a task that needs few directions is one for a small rank, or for few layers"
     )
     total, weights = features or (0, 0)
     if not total:
@@ -209,7 +269,7 @@ def _budget(d: float, features: tuple[int, int] | None) -> list[str]:
     rank = max(1, math.ceil(d / total))
     return [
         f"Budget for LoRA: rank r trains r · {total:,} numbers on {weights} weights, so rank {rank} has "
-        f"{rank * total:,} of them, {rank * total / d:,.1f} times d90. {caution}"
+        f"{rank * total:,} of them, {rank * total / d:,.1f} times {name}. {caution}"
     ]
 
 

@@ -9,6 +9,7 @@ tried whose mean is above it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -19,6 +20,7 @@ from trimtab.errors import UsageError
 
 Numbers = NDArray[np.float64]
 DRAWS, LEVEL = 2000, 0.95
+"""Draws of the bootstrap, and the share of them that an interval holds: the ends stand on 50 draws each."""
 EDGE = 1e-4
 """How near to 0 and 1 an accuracy is taken to be, at most: the logistic curve reaches neither."""
 
@@ -56,13 +58,19 @@ class Threshold:
             return f"{self.value:g} of the baseline (local)"
         return f"{self.value:g} {'of 1.0 (global)' if self.mode == 'global' else '(absolute)'}"
 
+    @property
+    def dimension(self) -> str:
+        """What the dimension at this threshold is called: d90 for 0.9 of something."""
+        return "the intrinsic dimension" if self.mode == "absolute" else f"d{100 * self.value:g}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Crossing:
     """d: where the fit meets the threshold; 0 where the smallest d tried is above it, infinite where none is.
 
-    low, high: the ends of its bootstrap interval, on the same scale. first: the first d whose mean is above, by the
-    paper's rule; None where none is. fitted: (d, accuracy) of the fit. threshold: in accuracy.
+    low, high: the ends of its bootstrap interval, on the same scale; both d where there is one seed, which has none.
+    first: the first d whose mean is above, by the paper's rule; None where none is. fitted: (d, accuracy) of the fit.
+    threshold: in accuracy.
     """
 
     d: float
@@ -78,8 +86,11 @@ def crossing(
 ) -> Crossing:
     """Where the accuracies of `scores`, by d and seed, cross the threshold.
 
-    The interval resamples the baseline's seeds and the subspaces' seeds, those of all d alike where all d have the
-    same number. Raises UsageError for no scores.
+    The interval is a bootstrap over the baseline's seeds and the subspaces' seeds, those of all d alike where all d
+    have the same number. The seeds are weighted by random numbers (Wu 1986, "Jackknife, Bootstrap and Other Resampling
+    Methods in Regression Analysis") whose scale is Student's, so that the interval of a single mean is Student's:
+    drawing three seeds with replacement gives all three alike once in nine times, and intervals that hold the truth
+    three times in four instead of nineteen in twenty. Raises UsageError for no scores.
     """
     if not scores or not baseline or not all(scores.values()):
         raise UsageError("there are no runs to find an intrinsic dimension in")
@@ -89,9 +100,7 @@ def crossing(
     means = np.array([run.mean() for run in runs])
     fitted = isotonic(means, np.array([len(run) for run in runs], dtype=float))
     found = _meeting(ds, fitted, wanted)
-    ends = np.quantile(
-        _resampled(ds, runs, base, threshold, seed), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="nearest"
-    )
+    ends = np.quantile(_drawn(ds, runs, base, threshold, seed), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="nearest")
     first = next((int(d) for d, value in zip(ds, means, strict=True) if value > wanted), None)
     pairs = tuple((int(d), float(value)) for d, value in zip(ds, fitted, strict=True))
     return Crossing(found, float(min(ends[0], found)), float(max(ends[1], found)), first, pairs, wanted)
@@ -117,24 +126,53 @@ def _meeting(ds: NDArray[np.int64], fitted: Numbers, wanted: float) -> float:
     at = int(above[0])
     if at == 0:
         return 0.0
-    low, high, goal = (math.log(p / (1 - p)) for p in np.clip([fitted[at - 1], fitted[at], wanted], EDGE, 1 - EDGE))
+    low, high, goal = (_logit(value) for value in (fitted[at - 1], fitted[at], wanted))
     share = (goal - low) / (high - low) if high > low else 1.0
     return float(math.exp((1 - share) * math.log(ds[at - 1]) + share * math.log(ds[at])))
 
 
-def _resampled(
-    ds: NDArray[np.int64], runs: Sequence[Numbers], base: Numbers, threshold: Threshold, seed: int
-) -> Numbers:
+def _logit(accuracy: float) -> float:
+    kept = min(max(accuracy, EDGE), 1 - EDGE)
+    return math.log(kept / (1 - kept))
+
+
+def curve(fitted: Sequence[tuple[int, float]], points: int = 20) -> tuple[list[float], list[float]]:
+    """The fit to be drawn: d and accuracies at so many points between two d that were tried."""
+    ds, values = [float(fitted[0][0])], [fitted[0][1]]
+    for (d, value), (after, higher) in itertools.pairwise(fitted):
+        low, high = _logit(value), _logit(higher)
+        for share in (step / points for step in range(1, points)):
+            ds.append(math.exp((1 - share) * math.log(d) + share * math.log(after)))
+            values.append(1 / (1 + math.exp(-((1 - share) * low + share * high))))
+        ds.append(float(after))
+        values.append(higher)
+    return ds, values
+
+
+def _drawn(ds: NDArray[np.int64], runs: Sequence[Numbers], base: Numbers, threshold: Threshold, seed: int) -> Numbers:
+    """What d90 comes to when the means of the seeds are drawn anew, again and again."""
     random = np.random.default_rng(seed)
-    counts = {len(run) for run in runs}
+    counts, means = {len(run) for run in runs}, np.array([run.mean() for run in runs])
+    weights = np.array([len(run) for run in runs], dtype=float)
     found = np.empty(DRAWS)
     for draw in range(DRAWS):
-        wanted = threshold.of(base[random.integers(0, len(base), len(base))])
-        if len(counts) == 1:
-            (count,) = counts
-            picked = random.integers(0, count, count)
-            means = np.array([run[picked].mean() for run in runs])
-        else:
-            means = np.array([run[random.integers(0, len(run), len(run))].mean() for run in runs])
-        found[draw] = _meeting(ds, isotonic(means, np.array([len(run) for run in runs], dtype=float)), wanted)
+        shared = _deviates(random, min(counts)) if len(counts) == 1 else None
+        off = [_off(run, _deviates(random, len(run)) if shared is None else shared) for run in runs]
+        wanted = threshold.of([base.mean() + _off(base, _deviates(random, len(base)))])
+        found[draw] = _meeting(ds, isotonic(means + np.array(off), weights), wanted)
     return found
+
+
+def _off(values: Numbers, weights: Numbers) -> float:
+    """The weighted sum of values, weights adding to 0: none at all, to the last bit, where all values are the same."""
+    return float(weights @ (values - values[0]))
+
+
+def _deviates(random: np.random.Generator, n: int) -> Numbers:
+    """Weights w [n] for n values x: w · x is a draw of how far their mean is off, s / √n times Student's t with n - 1
+    degrees of freedom, where s² is their variance with n - 1. Zeros for one value."""
+    if n == 1:
+        return np.zeros(1)
+    normal = random.standard_normal(n)
+    weights: Numbers = (normal - normal.mean()) / math.sqrt(n * random.chisquare(n - 1))
+    return weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -44,16 +45,18 @@ class Protocol:
 
     def __post_init__(self) -> None:
         found = [
-            f"{name} is {value}, but must be above 0"
-            for name, value in (("epochs", self.epochs), ("batch_size", self.batch_size), ("lr", self.lr))
-            if not value > 0
+            f"{name} is {value}, but must be a whole number above 0"
+            for name, value in (("epochs", self.epochs), ("batch_size", self.batch_size))
+            if not (value > 0 and value == int(value))
         ]
+        if not 0 < self.lr < math.inf:
+            found.append(f"lr is {self.lr}, but must be a number above 0")
         if self.optimizer not in OPTIMIZERS:
             found.append(f"optimizer is {self.optimizer!r}, but must be one of {', '.join(OPTIMIZERS)}")
         if self.l2_on not in ("kernels", "all"):
             found.append(f"l2_on is {self.l2_on!r}, but must be kernels or all")
-        if not self.l2 >= 0:
-            found.append(f"l2 is {self.l2}, but must be at least 0")
+        if not 0 <= self.l2 < math.inf:
+            found.append(f"l2 is {self.l2}, but must be a number of at least 0")
         if not all(0 <= beta < 1 for beta in (*self.betas, self.momentum)):
             found.append(f"betas {self.betas} and momentum {self.momentum} must be at least 0 and below 1")
         problems_to_error(found, "protocol")
@@ -75,14 +78,14 @@ class Split:
 class Problem:
     """A net and its data, as intrinsic dimension is measured on them.
 
-    metric: what `score` gives, higher is better. chance: what guessing scores on the split `scored`: for accuracy the
-    share of its largest class. scored: the split that the published figure is of. make_model: a net in fp32 whose
+    metric: what `score` gives, higher is better. chances: what guessing scores on each split: for accuracy the share
+    of its largest class. scored: the split that the published figure is of. make_model: a net in fp32 whose
     start depends on the seed alone. loss(outputs, targets): a mean over examples. defaults: how it is trained.
     """
 
     name: str
     metric: str
-    chance: float
+    chances: Mapping[str, float]
     train: Split
     validation: Split
     test: Split
@@ -96,6 +99,11 @@ class Problem:
     def splits(self) -> Mapping[str, Split]:
         """The three splits by what they are for."""
         return {name: getattr(self, name) for name in SPLITS}
+
+    @property
+    def chance(self) -> float:
+        """What guessing scores on the split that counts."""
+        return self.chances[self.scored]
 
     @cached_property
     def digest(self) -> str:

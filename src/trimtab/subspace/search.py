@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -49,7 +49,7 @@ class Plan:
     between two of them. grid: exactly these d instead of a search.
     lr: of training all parameters. lr_scale: sqrt multiplies it by √(D/d) in a subspace, since with unit columns a
     step of Adam moves θ by lr √d and not by lr √D; none leaves it as the papers do. rates: multiples of it to choose
-    from, by the validation score with a seed of its own. rates_at: each d has a choice of its own, or what is best at
+    from, with a seed of its own. rates_at: each d has a choice of its own, or what is best at
     the first d that is tried is taken at all of them; where nothing is learned there at any rate, each d has its own
     until there is something to choose by. For the baseline there is a choice in both cases.
     """
@@ -69,20 +69,53 @@ class Plan:
         problems = []
         if self.seeds < 1:
             problems.append(f"seeds is {self.seeds}, but must be at least 1")
+        if self.seeds > SWEEP_SEED:
+            problems.append(
+                f"seeds is {self.seeds}, but must be at most {SWEEP_SEED}, which chooses the learning rates"
+            )
         if not self.resolution >= 1:
             problems.append(f"resolution is {self.resolution}, but must be at least 1")
         if not 1 < self.factor < math.inf:
-            problems.append(f"factor is {self.factor}, but must be above 1")
+            problems.append(f"factor is {self.factor}, but must be a number above 1")
         if not 0 < self.lr < math.inf:
-            problems.append(f"lr is {self.lr:g}, but must be above 0")
+            problems.append(f"lr is {self.lr:g}, but must be a number above 0")
+        whole = {"seeds": (self.seeds,), "start": (self.start,) if self.start is not None else (), "grid": self.grid}
+        problems += [
+            f"{name} is {value}, but must be a whole number"
+            for name, values in whole.items()
+            for value in values
+            if value % 1
+        ]
         if self.lr_scale not in ("sqrt", "none"):
             problems.append(f"lr_scale is '{self.lr_scale}', but must be sqrt or none")
         if self.rates_at not in ("each", "first"):
             problems.append(f"rates_at is '{self.rates_at}', but must be each or first")
-        if not self.rates or not all(rate > 0 for rate in self.rates):
+        if not self.rates or not all(0 < rate < math.inf for rate in self.rates):
             problems.append(f"rates are {list(self.rates)}, but must be numbers above 0")
         if problems:
             raise UsageError("; ".join(problems))
+
+
+class Judged(NamedTuple):
+    """A split that runs are judged by: train, validation or test. chance: what guessing scores. examples: how many."""
+
+    split: str
+    chance: float
+    examples: int
+
+    @property
+    def noise(self) -> float:
+        """Twice the standard error of what guessing scores."""
+        return 2 * math.sqrt(max(self.chance * (1 - self.chance), 0.0) / max(self.examples, 1))
+
+    @property
+    def clear(self) -> float:
+        """The score above which something was learned."""
+        return self.chance + self.noise
+
+    def of(self, outcome: Outcome) -> float:
+        """The score of a run on this split."""
+        return float(getattr(outcome, self.split))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +123,8 @@ class Measured:
     """What a search came to.
 
     crossing: d90, its interval and the fit. scores: of the split that counts, by d and seed. train_scores: of the same
-    runs on the training split. baseline: of training all D parameters. rates: learning rate by d, D for the baseline.
-    diverged: runs whose loss ended no number or above where it began.
+    runs on the training split. baseline, baseline_rate: scores and learning rate of training all D parameters. rates:
+    learning rate by d. chosen_by: the split by whose score a rate was chosen. diverged: how many runs in subspaces did.
     """
 
     D: int
@@ -99,7 +132,9 @@ class Measured:
     scores: Mapping[int, tuple[float, ...]]
     train_scores: Mapping[int, tuple[float, ...]]
     baseline: tuple[float, ...]
+    baseline_rate: float
     rates: Mapping[int, float]
+    chosen_by: str
     diverged: int
     chance: float
     plan: Plan
@@ -144,7 +179,9 @@ class Measured:
             scores,
             train_scores,
             tuple(map(float, plain["baseline"])),
+            float(plain["baseline_rate"]),
             {int(d): float(rate) for d, rate in plain["rates"].items()},
+            str(plain["chosen_by"]),
             int(plain["diverged"]),
             float(plain["chance"]),
             Plan(**{**plan, **several, "threshold": Threshold(**plan["threshold"])}),
@@ -160,29 +197,29 @@ def measure(
     D: int,
     plan: Plan,
     *,
-    scored: str,
-    chance: float,
-    examples: int,
+    scored: Judged,
+    chosen: Judged | None = None,
     least: int = 1,
     at: Callable[[str], None] | None = None,
 ) -> Measured:
     """Find d90.
 
-    scored: the split whose score counts. chance: what guessing scores there, on so many `examples`. least: the smallest
-    d that can be trained. at(text) hears what is being trained. Raises UsageError for a d below it or above D,
-    NoDimension for a baseline that diverged or a threshold that is not clear of chance.
+    scored: the split whose score counts. chosen: the split by whose score learning rates are chosen; by default that.
+    least: the smallest d that can be trained. at(text) hears what is being trained. Raises UsageError for a d below it
+    or above D; NoDimension for a baseline that diverged, is not clear of chance or misses the threshold, and for a
+    threshold that is not clear of chance.
     """
-    search = _Search(runs, D, plan, scored, least, chance + _noise(chance, examples), at or (lambda text: None))
+    search = _Search(runs, D, plan, scored, chosen or scored, least, at or (lambda text: None))
     wrong = [d for d in (*plan.grid, search.first) if not least <= d <= D]
     if wrong:
         why = f", since SAID spends {least - 1} on the λ of its layers," if least > 1 else ""
         raise UsageError(f"d is {wrong[0]}, but must be at least {least}{why} and at most D = {D:,}, all parameters")
-    if plan.threshold.mode != "local":  # it is known before anything is trained
-        _refuse_chance(plan.threshold.value, chance, examples, plan.threshold)
+    _refuse_chance(plan.threshold.value, scored, plan.threshold)  # no score is above 1, so no threshold above its share
     search.ahead([None, search.first])
     baseline = search.baseline()
     wanted = plan.threshold.of(baseline)
-    _refuse_chance(wanted, chance, examples, plan.threshold)
+    _refuse_baseline(sum(baseline) / len(baseline), wanted, scored, plan.threshold)
+    _refuse_chance(wanted, scored, plan.threshold)
     if plan.grid:
         search.ahead(plan.grid)
         for d in plan.grid:
@@ -191,40 +228,57 @@ def measure(
         search.bracket_and_halve(wanted)
         search.close_interval(baseline)
     scores = {d: search.scores[d] for d in sorted(search.scores)}
-    found = crossing(scores, baseline, plan.threshold)
-    train_scores = {d: search.train_scores[d] for d in scores}
-    rates = dict(sorted(search.rates.items()))
-    return Measured(D, found, scores, train_scores, tuple(baseline), rates, search.diverged, chance, plan)
+    return Measured(
+        D=D,
+        crossing=crossing(scores, baseline, plan.threshold),
+        scores=scores,
+        train_scores={d: search.train_scores[d] for d in scores},
+        baseline=tuple(baseline),
+        baseline_rate=search.rate(None),
+        rates={d: search.rate(d) for d in scores},
+        chosen_by=search.chosen.split,
+        diverged=search.diverged,
+        chance=scored.chance,
+        plan=plan,
+    )
 
 
-def _refuse_chance(wanted: float, chance: float, examples: int, threshold: Threshold) -> None:
+def _refuse_chance(wanted: float, scored: Judged, threshold: Threshold) -> None:
     """NoDimension unless the threshold is above what guessing scores by twice its standard error."""
-    noise = _noise(chance, examples)
-    if wanted <= chance + noise:
+    if wanted <= scored.clear:
         raise NoDimension(
             "threshold near chance",
-            f"the threshold, {threshold}, comes to {wanted:.3f}, but guessing scores {chance:.3f} give or take "
-            f"{noise:.3f} here: any d would pass. Train longer, or choose another threshold or task",
+            f"the threshold, {threshold}, comes to {wanted:.3f}{' at most' if threshold.mode == 'local' else ''}, but "
+            f"guessing scores {scored.chance:.3f} give or take {scored.noise:.3f} on {scored.examples:,} examples: any "
+            "d would pass. Train longer, score on more examples, or choose another threshold or task",
         )
 
 
-def _noise(chance: float, examples: int) -> float:
-    """Twice the standard error of what guessing scores."""
-    return 2 * math.sqrt(max(chance * (1 - chance), 0.0) / max(examples, 1))
+def _refuse_baseline(mean: float, wanted: float, scored: Judged, threshold: Threshold) -> None:
+    """NoDimension for a baseline at chance, or below the threshold: no subspace can be expected to do better."""
+    if mean <= scored.clear:
+        raise NoDimension(
+            "baseline near chance",
+            f"training all parameters comes to {mean:.3f}, and guessing scores {scored.chance:.3f} give or take "
+            f"{scored.noise:.3f}: nothing is learned. Train longer, or with another learning rate (--lr)",
+        )
+    if mean < wanted:
+        raise NoDimension(
+            "baseline below the threshold",
+            f"training all parameters comes to {mean:.3f}, below the threshold, {threshold}: no d would be expected to "
+            "reach it. Train longer, or choose a lower threshold",
+        )
 
 
 class _Search:
-    """learned: the score above which something was learned."""
-
     def __init__(
-        self, runs: Runs, D: int, plan: Plan, scored: str, least: int, learned: float, at: Callable[[str], None]
+        self, runs: Runs, D: int, plan: Plan, scored: Judged, chosen: Judged, least: int, at: Callable[[str], None]
     ) -> None:
         self.runs, self.D, self.plan, self.scored, self.least, self.at = runs, D, plan, scored, least, at
-        self.learned = learned
+        self.chosen = chosen
         self.chosen_at: list[int] = []
         self.scores: dict[int, tuple[float, ...]] = {}
         self.train_scores: dict[int, tuple[float, ...]] = {}
-        self.rates: dict[int, float] = {}
         self.diverged = 0
 
     @property
@@ -252,7 +306,7 @@ class _Search:
                 f"training all parameters diverged with seed {failed[0]}: a share of that is no threshold. Lower the "
                 "learning rate (--lr)",
             )
-        return [self.score(outcome) for outcome in outcomes]
+        return [self.scored.of(outcome) for outcome in outcomes]
 
     def mean(self, d: int) -> float:
         """The mean score in d dimensions."""
@@ -260,7 +314,7 @@ class _Search:
             self.at(f"d = {d:,}")
             outcomes = self.trained(d)
             self.diverged += sum(outcome.diverged for outcome in outcomes)
-            self.scores[d] = tuple(self.score(outcome) for outcome in outcomes)
+            self.scores[d] = tuple(self.scored.of(outcome) for outcome in outcomes)
             self.train_scores[d] = tuple(outcome.train for outcome in outcomes)
         return float(np.mean(self.scores[d]))
 
@@ -281,20 +335,27 @@ class _Search:
             low, high = (low, middle) if self.mean(middle) >= wanted else (middle, high)
 
     def close_interval(self, baseline: Sequence[float]) -> None:
-        """Train a few d more where the interval, or d90 with it, has no upper or no lower end among those there are."""
-        for _ in range(FURTHER):
+        """Go on where the fit, which pools means that fall, has d90 beyond the d tried. Then train a few d more where
+        the interval has no upper or no lower end among those there are."""
+        further = 0
+        while further < FURTHER:
             found = crossing(self.scores, baseline, self.plan.threshold)
             largest, smallest, factor = max(self.scores), min(self.scores), max(self.plan.resolution, 1.1)
-            if found.high == math.inf and largest < self.D:
+            if found.d == 0 and smallest > self.least:
+                self.mean(max(self.least, int(smallest / self.plan.factor)))
+            elif found.d == math.inf and largest < self.D:
+                self.mean(min(self.D, math.ceil(largest * self.plan.factor)))
+            elif found.high == math.inf > found.d and largest < self.D:
                 self.mean(min(self.D, math.ceil(largest * factor)))
-            elif found.low == 0 and smallest > self.least:
+                further += 1
+            elif found.low == 0 < found.d and smallest > self.least:
                 self.mean(max(self.least, math.floor(smallest / factor)))
+                further += 1
             else:
                 return
 
     def trained(self, d: int | None) -> list[Outcome]:
         """The runs of all seeds, at the learning rate for d."""
-        self.rates[d or self.D] = self.rate(d)
         return self.runs.outcomes(self.repeats(d))
 
     def repeats(self, d: int | None) -> Iterator[Run]:
@@ -319,21 +380,17 @@ class _Search:
     def says_something(self, d: int) -> bool:
         """Whether at any of the rates something is learned in d dimensions."""
         tried = self.runs.outcomes(self.rates_at(d))
-        return any(outcome.validation > self.learned and not outcome.diverged for outcome in tried)
+        return any(self.chosen.of(outcome) > self.chosen.clear and not outcome.diverged for outcome in tried)
 
     def rate(self, d: int | None) -> float:
         """The learning rate in d dimensions: scaled, and the best of the plan's multiples."""
         tried = self.runs.outcomes(self.sweep(d))
         if d is not None and d not in self.chosen_at:
             self.chosen_at.append(d)
-        best = max(range(len(tried)), key=lambda i: (not tried[i].diverged, tried[i].validation), default=0)
+        best = max(range(len(tried)), key=lambda i: (not tried[i].diverged, self.chosen.of(tried[i])), default=0)
         return self.scaled(d)[best]
 
     def scaled(self, d: int | None) -> list[float]:
         """The learning rates to choose from in d dimensions."""
         scale = math.sqrt(self.D / d) if d and self.plan.lr_scale == "sqrt" else 1.0
         return [self.plan.lr * scale * multiple for multiple in self.plan.rates]
-
-    def score(self, outcome: Outcome) -> float:
-        """On the split that counts."""
-        return float(getattr(outcome, self.scored))

@@ -32,7 +32,8 @@ from trimtab.subspace.offsets import groups_of
 from trimtab.subspace.problem import SPLITS, stream
 from trimtab.subspace.reparameterize import Subspace
 from trimtab.subspace.runs import Run
-from trimtab.subspace.training import Outcome
+from trimtab.subspace.search import Judged
+from trimtab.subspace.training import Outcome, has_diverged
 from trimtab.tasks.classify import encoded
 from trimtab.tasks.digests import text_digest
 from trimtab.tasks.evaluating import device_of, evaluating
@@ -99,10 +100,10 @@ class Splits:
         """Of every row of every split."""
         return text_digest(repr(self))
 
-    @property
-    def chance(self) -> float:
-        """The share of the test split's largest class."""
-        return max(Counter(row.label for row in self.test).values()) / len(self.test)
+    def judged(self, name: str) -> Judged:
+        """One of the splits as runs are judged by it: guessing scores the share of its largest class."""
+        rows = getattr(self, name)
+        return Judged(name, max(Counter(row.label for row in rows).values()) / len(rows), len(rows))
 
 
 def read_splits(setting: Setting) -> Splits:
@@ -192,7 +193,7 @@ class SentenceTrainer:
             final_loss=final,
             seconds=seconds,
             steps=steps,
-            diverged=not final <= first,
+            diverged=has_diverged(first, final),
         )
 
     def _encoded(self, split: str, loaded: Classifier) -> list[LabelledExample]:

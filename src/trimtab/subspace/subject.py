@@ -15,6 +15,7 @@ from trimtab.subspace.offsets import groups_of
 from trimtab.subspace.problem import Problem, Protocol
 from trimtab.subspace.projection import make_projection
 from trimtab.subspace.runs import Trainer
+from trimtab.subspace.search import Judged
 from trimtab.subspace.sentences import SentenceTrainer, Setting
 from trimtab.subspace.trainers import about_problem, problem_trainer
 from trimtab.tasks.digests import model_digest
@@ -25,8 +26,8 @@ A.3) found to work across tasks."""
 
 
 class Subject(NamedTuple):
-    """title, metric, split: for people. shapes: of the parameters that are trained, by name. scored, chance, examples:
-    the split that counts, what guessing scores there, its size. n: training examples. least: the smallest d there is.
+    """title, metric, split: for people. shapes: of the parameters that are trained, by name. scored, chosen: the split
+    that counts, and the one by which learning rates are chosen. n: training examples. least: the smallest d there is.
     lr: by default, of all parameters. make: gives the trainer; can be sent to another process. about: what the runs
     depend on. features: Σ (in + out) of the weights a LoRA would be put on, and how many; or None.
     """
@@ -35,9 +36,8 @@ class Subject(NamedTuple):
     metric: str
     split: str
     shapes: Mapping[str, tuple[int, ...]]
-    scored: str
-    chance: float
-    examples: int
+    scored: Judged
+    chosen: Judged
     n: int
     least: int
     lr: float
@@ -58,15 +58,14 @@ def of_problem(
     problem = make()
     protocol = change(problem.defaults)
     make_projection(projection, problem.sizes, 1, 0, **options)  # refuses what cannot be before anything is trained
-    split = problem.splits[problem.scored]
+    judged = {name: Judged(name, problem.chances[name], len(split)) for name, split in problem.splits.items()}
     return Subject(
         problem.name,
         problem.metric,
-        split.name,
+        problem.splits[problem.scored].name,
         _shapes(problem.make_model(0)),
-        problem.scored,
-        problem.chance,
-        len(split),
+        judged[problem.scored],
+        judged["train" if problem.scored == "train" else "validation"],
         len(problem.train),
         1,
         protocol.lr,
@@ -90,9 +89,8 @@ def of_sentences(setting: Setting) -> Subject:
         "accuracy",
         f"{len(trainer.splits.test):,} test rows",
         shapes,
-        "test",
-        trainer.splits.chance,
-        len(trainer.splits.test),
+        trainer.splits.judged("test"),
+        trainer.splits.judged("validation"),
         len(trainer.splits.train),
         1 if groups is None else len(set(groups)) + 1,
         FINE_TUNING_LR,

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 SCORED_ROWS = 1000
 """So many examples are scored at once: their activations stay in the cache."""
 
+RISEN = 1.05
+"""A run has diverged whose loss ends above so many times what it began with. One that learns nothing ends at the loss
+of guessing, which is about where it began, a little above or below."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -32,8 +36,8 @@ class Outcome:
 
     d: dimensions trained; D for a direct run. train, validation, test: scores. first_loss, final_loss: means over the
     training split before and after, without the L2 term. seconds: training alone, without scoring.
-    diverged: the loss was no number, or the run ended with a higher one than it began with; the scores are of where it
-    stopped. A run that merely learned nothing has not diverged: compare its score with the problem's chance.
+    diverged: see `has_diverged`; the scores are of where it stopped. A run that merely learned nothing has not
+    diverged: compare its score with the problem's chance.
     """
 
     seed: int
@@ -74,7 +78,7 @@ def train(
     for epoch in range(1, protocol.epochs + 1):
         total = 0.0
         for rows in torch.split(torch.randperm(len(problem.train), generator=order), protocol.batch_size):
-            total += optimizer.step(partial(run.gradient, rows)) * len(rows)
+            total += _step(optimizer, partial(run.gradient, rows)) * len(rows)
             steps += 1
         mean = total / len(problem.train)
         if on_epoch is not None:
@@ -93,8 +97,23 @@ def train(
         final_loss=final_loss,
         seconds=seconds,
         steps=steps,
-        diverged=not final_loss <= first_loss,
+        diverged=has_diverged(first_loss, final_loss),
     )
+
+
+def has_diverged(first_loss: float, final_loss: float) -> bool:
+    """Whether the loss ended as no number, or clearly higher than it began (RISEN)."""
+    return not final_loss <= RISEN * first_loss
+
+
+def _step(optimizer: torch.optim.Optimizer, gradient: Callable[[], float]) -> float:
+    """The loss before the step; infinite where the step is larger than a number can be."""
+    try:
+        return optimizer.step(gradient)
+    except RuntimeError as error:
+        if "without overflow" not in str(error):  # torch refuses to multiply by a rate beyond its dtype
+            raise
+        return math.inf
 
 
 def optimizer_for(protocol: Protocol, trained: nn.Parameter, lr: float) -> torch.optim.Optimizer:

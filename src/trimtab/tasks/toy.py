@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from trimtab.subspace.problem import Problem, Protocol, Split, stream
+from trimtab.subspace.problem import SPLITS, Problem, Protocol, Split, stream
 
 GROUPS, MEMBERS = 10, 100
 
@@ -42,7 +42,7 @@ def toy() -> Problem:
     return Problem(
         name="toy",
         metric="exp(-loss)",
-        chance=performance(torch.zeros(GROUPS), targets),
+        chances=dict.fromkeys(SPLITS, performance(torch.zeros(GROUPS), targets)),
         train=split,
         validation=split,
         test=split,

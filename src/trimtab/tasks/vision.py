@@ -144,6 +144,7 @@ def classification(
 ) -> Problem:
     """A problem of ten classes, scored by accuracy. UsageError where a class is missing from a split."""
     splits = {"train": train, "validation": validation, "test": test}
+    chances = {}
     for purpose, split in splits.items():
         counts = split.targets.bincount(minlength=CLASSES)
         if len(counts) > CLASSES:
@@ -154,11 +155,11 @@ def classification(
                 f"{name}: the {purpose} split ({split.name}, {len(split)} examples) has none of class "
                 f"{', '.join(missing)}, so an accuracy on it means little: take more examples"
             )
-    largest = splits[scored].targets.bincount().max()
+        chances[purpose] = int(counts.max()) / len(split)
     return Problem(
         name=name,
         metric="accuracy",
-        chance=float(largest) / len(splits[scored]),
+        chances=chances,
         train=train,
         validation=validation,
         test=test,
