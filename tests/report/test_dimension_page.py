@@ -27,10 +27,12 @@ from trimtab.report.dimension_results import (
     Measurement,
     Told,
     Unmeasured,
+    choice,
     protocol_of,
     read_measurements,
     result,
     sentences,
+    told,
 )
 from trimtab.subspace.crossing import Threshold, crossing
 from trimtab.subspace.search import Measured, Plan
@@ -55,8 +57,19 @@ def measured(
     scores = {d: tuple(value + 0.004 * shift for shift in (-1, 0, 1)) for d, value in curve.items()}
     train_scores = {d: tuple(score + gap for score in own) for d, own in scores.items()}
     whole, settled = (baseline - 0.002, baseline, baseline + 0.002), Plan(**plan)
-    rates = {d: 1e-3 * math.sqrt(D / d) for d in (*ds, D)}
-    return Measured(D, crossing(scores, whole, settled.threshold), scores, train_scores, whole, rates, 0, 0.1, settled)
+    return Measured(
+        D=D,
+        crossing=crossing(scores, whole, settled.threshold),
+        scores=scores,
+        train_scores=train_scores,
+        baseline=whole,
+        baseline_rate=settled.lr,
+        rates={d: settled.lr * (math.sqrt(D / d) if settled.lr_scale == "sqrt" else 1.0) for d in ds},
+        chosen_by="validation",
+        diverged=0,
+        chance=0.1,
+        plan=settled,
+    )
 
 
 def about(title: str = "made up", *, n: int = 1000, metric: str = "accuracy", **protocol: Any) -> Told:
@@ -223,7 +236,7 @@ def test_the_sentences_judge_by_the_intervals() -> None:
     assert apart == "The intervals of the two are apart"
     assert "do not say which is larger" in comparison_sentences([low, low._replace(label="same")])[1]
     few = low._replace(label="few", measured=measured(seeds=2))
-    assert comparison_sentences([low, few])[-1].endswith("too few for an interval to be trusted: few")
+    assert comparison_sentences([low, few])[-1].endswith("no interval, or a very wide one: few")
 
 
 def of(label: str, ds: Sequence[int], d90: float) -> Measurement:
@@ -336,6 +349,60 @@ def test_metric_split_and_how_runs_are_trained_stand_in_the_sentences() -> None:
     for said in (comparison_sentences(alike), series_sentences(alike, "made up")):
         assert sum("Each run was trained with 3 epochs" in sentence for sentence in said) == 1
     assert not any("Each run" in sentence for sentence in comparison_sentences([*alike, other]))
+
+
+def test_which_multiple_of_the_rate_was_chosen_is_said_and_that_it_is_the_last_one_tried() -> None:
+    own = measured(rates=(0.5, 1.0, 2.0))
+    assert choice(own) == "The best multiple of the learning rate was 1 for all parameters and 1 in every subspace"
+    last = dataclasses.replace(own, rates={d: rate * (2 if d > 100 else 1) for d, rate in own.rates.items()})
+    assert choice(last) == (
+        "The best multiple of the learning rate was 1 for all parameters and in subspaces 1 at d = 50 to 100, 2 at d = "
+        "150 to 1,000; nothing beyond 2 was tried"
+    )
+    assert choice(last) in sentences(last, about())
+    assert choice(measured()) is None
+    alike = Measurement("a", 0, own, about()), Measurement("b", 1, last, about())
+    assert comparison_sentences(alike)[-1].startswith("b: the best multiple of the learning rate was 1 for all")
+
+
+def test_what_is_not_reached_with_all_dimensions_is_said_of_the_rates_and_not_of_d() -> None:
+    own = measured(1e6, D=1000)
+    assert told(own) == "not reached at any d tried, D included, at these learning rates"
+    assert "bootstrap" not in sentences(own, about())[0]
+    assert told(measured(1e6, D=10_000)) == "above 1,000, the largest d tried"
+
+
+def test_the_interval_of_what_lies_beyond_the_d_tried_is_told_where_it_has_an_end() -> None:
+    above, below = measured(1e6), measured(1.0)
+    for own, end, words in (
+        (above, {"low": 700.0}, "above 1,000, the largest d tried; from 700 on by its interval"),
+        (below, {"high": 66.6}, "at most 50, the smallest d tried; up to 66.6 by its interval"),
+    ):
+        assert told(dataclasses.replace(own, crossing=dataclasses.replace(own.crossing, **end))) == words
+
+
+def test_one_seed_is_told_without_an_interval() -> None:
+    own = measured(seeds=1)
+    first, *rest = sentences(own, about())
+    assert "[" not in first
+    assert "1 seed:" in first
+    assert "One seed has no interval: take 3 or more" in rest
+
+
+@pytest.mark.parametrize(
+    ("threshold", "start", "words"),
+    [
+        (Threshold("local", 0.9), "d90 of made up", "reaches 0.81, 0.9 of the baseline (local),"),
+        (Threshold("local", 0.5), "d50 of made up", "reaches 0.45, 0.5 of the baseline (local),"),
+        (Threshold("global", 0.8), "d80 of made up", "reaches 0.8 of 1.0 (global),"),
+        (Threshold("absolute", 0.8), "The intrinsic dimension of made up", "reaches 0.8 (absolute),"),
+    ],
+    ids=str,
+)
+def test_the_threshold_is_told_once_and_gives_the_dimension_its_name(threshold: Threshold, start: str, words) -> None:
+    first = sentences(measured(threshold=threshold), about())[0]
+    assert first.startswith(start)
+    assert words in first
 
 
 def test_runs_on_sentences_tell_optimizer_and_l2_though_all_have_the_same(tmp_path: Path) -> None:

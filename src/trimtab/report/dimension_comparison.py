@@ -14,7 +14,7 @@ from trimtab.report.dimension_results import (
     Measurement,
     Unmeasured,
     as_json,
-    edge_sentences,
+    choice,
     protocol_sentence,
     told,
 )
@@ -104,8 +104,8 @@ def _cautions(several: Sequence[Measurement]) -> list[str]:
     few = [one.label for one in several if one.measured.plan.seeds < 3]
     if few:
         said.append(f"Fewer than 3 seeds make no interval, or a very wide one: {', '.join(few)}")
-    for one in several:
-        said += [f"{one.label}: {told}" for told in edge_sentences(one.measured)]
+    choices = [(one.label, choice(one.measured)) for one in several]
+    said += [f"{label}: {chosen[0].lower()}{chosen[1:]}" for label, chosen in choices if chosen]
     diverged = [f"{one.label} {one.measured.diverged}" for one in several if one.measured.diverged]
     if diverged:
         said.append(f"Runs in subspaces that diverged count with the score they ended with: {', '.join(diverged)}")

@@ -191,7 +191,7 @@ def sentences(measured: Measured, about: Told) -> list[str]:
         f"the baseline at {measured.mean_baseline:.4g} and chance at {measured.chance:.4g}",
         protocol_sentence(measured, about),
     ]
-    said += edge_sentences(measured)
+    said += [chosen for chosen in [choice(measured)] if chosen]
     if found.first is not None:
         said.append(
             f"By the first-crossing rule, the smallest d tried whose mean is above the threshold: {found.first:,}"
@@ -214,16 +214,16 @@ def _of_what(threshold: Threshold) -> str:
     )
 
 
-def edge_sentences(measured: Measured) -> list[str]:
-    """What was chosen at an end of the rates that were tried: what lies beyond is not known."""
-    plan = measured.plan
-    if len(plan.rates) == 1:
-        return []
-    ends, chosen = (min(plan.rates), max(plan.rates)), multiples(measured)
-    own = [f"{chosen[None]:g} for all parameters"] if chosen[None] in ends else []
-    within = sorted({rate for d, rate in chosen.items() if d is not None and rate in ends})
-    own += [f"{' and '.join(f'{rate:g}' for rate in within)} in subspaces"] if within else []
-    return [f"At an end of the multiples tried: {', '.join(own)}; one beyond might do better"] if own else []
+def choice(measured: Measured) -> str | None:
+    """Which multiples of the learning rate were chosen, and whether at an end of those that were tried, beyond which
+    nothing is known; None where there was no choice."""
+    tried, own = measured.plan.rates, multiples(measured)
+    if len(tried) == 1:
+        return None
+    said = f"The best multiple of the learning rate was {_chosen(own)}"
+    ends = sorted({rate for rate in own.values() if rate in (min(tried), max(tried))})
+    beyond = f"; nothing beyond {' and '.join(f'{rate:g}' for rate in ends)} was tried" if ends else ""
+    return f"{said}{beyond}"
 
 
 def multiples(measured: Measured) -> dict[int | None, float]:
@@ -244,7 +244,8 @@ def protocol_sentence(measured: Measured, about: Told) -> str:
     said.append(f"learning rate {plan.lr:g} for all parameters and {scale} in a subspace")
     if len(plan.rates) > 1:
         tried = ", ".join(f"{rate:g}" for rate in plan.rates)
-        said.append(f"each times the best of {tried} by the {measured.chosen_by} split, {_chosen(multiples(measured))}")
+        once = ", chosen once for all d from the first where something is learned" if plan.rates_at == "first" else ""
+        said.append(f"each times the best of {tried} by the {measured.chosen_by} split{once}")
     return f"Each run was trained with {', '.join(said)}"
 
 
