@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -314,6 +316,46 @@ def test_a_series_that_cannot_be_had_is_refused(
     flags = ["--checkpoints", *given, "--task", str(setting.data), "--test-data", str(setting.test)]
     assert command(["measure", "dimension", *flags]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_file_is_not_scored_on_what_it_teaches(setting: Setting, tmp_path: Path, caplog) -> None:
+    with pytest.raises(UsageError, match="is not to be scored on what it teaches"):
+        read_splits(dataclasses.replace(setting, test=setting.data))
+    rows = lines(120)
+    both = write_table(tmp_path / "both.tsv", [*rows[:3], *lines(40, seed=7)])
+    read_splits(dataclasses.replace(setting, data=str(write_table(tmp_path / "own.tsv", rows)), test=str(both)))
+    assert "rows of both.tsv are among those that are learned" in caplog.text
+
+
+def test_another_tokenizer_or_configuration_is_another_search(setting: Setting, tmp_path: Path) -> None:
+    folder, first = Path(setting.model), of_sentences(setting).about
+
+    def differing(file: str, change: Callable[[str], str]) -> set[str]:
+        other = shutil.copytree(folder, tmp_path / file)
+        (other / file).write_text(change((other / file).read_text()))
+        about = of_sentences(dataclasses.replace(setting, model=str(other))).about
+        return {key for key in first if first[key] != about[key]} - {"model"}
+
+    def swapped(text: str) -> str:
+        vocabulary = json.loads(text)
+        words = vocabulary["model"]["vocab"]
+        words["good"], words["bad"] = words["bad"], words["good"]
+        return json.dumps(vocabulary)
+
+    assert differing("config.json", lambda text: text.replace('"gelu"', '"relu"')) == {"config"}
+    assert differing("tokenizer.json", swapped) == {"data_digest"}
+
+
+def test_a_head_that_the_checkpoint_has_is_said_to_be_kept(setting: Setting, tmp_path: Path, caplog) -> None:
+    caplog.set_level("INFO", logger="trimtab")
+    trainer = SentenceTrainer(setting)
+    loaded = trainer.load(0)
+    assert "drawn at random" in caplog.text
+    loaded.model.save_pretrained(tmp_path / "fine")
+    loaded.tokenizer.save_pretrained(tmp_path / "fine")
+    caplog.clear()
+    SentenceTrainer(dataclasses.replace(setting, model=str(tmp_path / "fine"))).load(0)
+    assert "has a head of its own: seeds draw the projection, the order and dropout alone" in caplog.text
 
 
 def test_other_rows_in_a_file_of_the_same_name_are_another_search(setting: Setting, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from trimtab.subspace.runs import Run
 from trimtab.subspace.search import Judged
 from trimtab.subspace.training import Outcome, has_diverged
 from trimtab.tasks.classify import encoded
-from trimtab.tasks.digests import text_digest
+from trimtab.tasks.digests import examples_digest
 from trimtab.tasks.evaluating import device_of, evaluating
 from trimtab.tasks.nlu import KNOWN, Classification
 from trimtab.train.loss import class_logits, class_loss, mean_loss
@@ -95,11 +95,6 @@ class Splits:
     validation: tuple[LabelledRow, ...]
     test: tuple[LabelledRow, ...]
 
-    @property
-    def digest(self) -> str:
-        """Of every row of every split."""
-        return text_digest(repr(self))
-
     def judged(self, name: str) -> Judged:
         """One of the splits as runs are judged by it: guessing scores the share of its largest class."""
         rows = getattr(self, name)
@@ -125,7 +120,13 @@ def read_splits(setting: Setting) -> Splits:
         raise UsageError(f"{setting.task} is not to be scored on what it learns: give the folder with its files")
     rows = task.rows(files("train"))
     scored = files("test") if known else Path(str(setting.test)).expanduser()
+    if scored.exists() and scored.samefile(files("train")):
+        raise UsageError(f"{scored} is not to be scored on what it teaches: name another file with --test-data")
     test = task.rows(scored)
+    learned = {(row.first, row.second) for row in rows}
+    common = sum((row.first, row.second) in learned for row in test)
+    if common:
+        log.warning("%d of the %d rows of %s are among those that are learned", common, len(test), scored.name)
     classes = task.classes or tuple(sorted({row.label for row in rows}))
     check_classes(test, classes, scored.name, each=False)
     if known and "dev" in known.splits:
@@ -165,9 +166,16 @@ class SentenceTrainer:
 
     def _loaded(self, seed: int) -> Classifier:
         # Whatever the checkpoint stores: in fp16 the first step of Adam is no number, as its epsilon is zero there.
-        return load_classifier(
+        loaded = load_classifier(
             self.setting.model, self.splits.classes, seed, pretrained=self.setting.pretrained, dtype="float32"
         )
+        if not loaded.fresh:
+            log.info("the checkpoint has a head of its own: seeds draw the projection, the order and dropout alone")
+        return loaded
+
+    def digest(self, loaded: Classifier) -> str:
+        """Of every row of every split, as the tokenizer has it."""
+        return examples_digest(example for name in SPLITS for example in self._encoded(name, loaded))
 
     def __call__(self, run: Run) -> Outcome:
         loaded = self.load(run.seed)

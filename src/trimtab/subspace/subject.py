@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from trimtab.adapt.select import adaptable, base_modules
+from trimtab.subspace.draws import GENERATOR
 from trimtab.subspace.layers import layer_groups
 from trimtab.subspace.offsets import groups_of
 from trimtab.subspace.problem import Problem, Protocol
@@ -18,7 +19,7 @@ from trimtab.subspace.runs import Trainer
 from trimtab.subspace.search import Judged
 from trimtab.subspace.sentences import SentenceTrainer, Setting
 from trimtab.subspace.trainers import about_problem, problem_trainer
-from trimtab.tasks.digests import model_digest
+from trimtab.tasks.digests import config_digest, model_digest
 
 FINE_TUNING_LR = 5e-5
 """Of all parameters of a pretrained encoder: the largest of those that Devlin et al. 2019 (arXiv 1810.04805, appendix
@@ -99,7 +100,9 @@ def of_sentences(setting: Setting) -> Subject:
             **setting.about(),
             "parameters": D,
             "weights": model_digest(loaded.model),
-            "data_digest": trainer.splits.digest,
+            "config": config_digest(loaded.model.config),
+            "data_digest": trainer.digest(loaded),
+            "generator": GENERATOR,
         },
         _features(loaded.model, loaded.head),
     )

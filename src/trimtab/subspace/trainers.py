@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from trimtab.subspace.draws import GENERATOR
 from trimtab.subspace.problem import Problem, Protocol
 from trimtab.subspace.projection import make_projection
 from trimtab.subspace.runs import Run, Trainer
@@ -24,7 +25,7 @@ def about_problem(problem: Problem, protocol: Protocol, projection: str, options
     """What such runs depend on besides d, seed and learning rate, as plain values."""
     own = {key: value for key, value in dataclasses.asdict(protocol).items() if key != "lr"}
     task = {"task": problem.name, "data": problem.digest, "parameters": problem.D}
-    return {**task, "projection": projection, **options, **own}
+    return {**task, "projection": projection, "generator": GENERATOR, **options, **own}
 
 
 def _train(problem: Problem, protocol: Protocol, projection: str, options: dict[str, Any], run: Run) -> Outcome:
