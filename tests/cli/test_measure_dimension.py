@@ -76,7 +76,13 @@ def test_the_runs_that_were_trained_are_counted_and_nobody_knows_how_many_there_
         (["--share", "1.5"], "must be above 0 and at most 1"),
         (["--workers", "0"], "workers is 0"),
         (["--seeds", "0"], "seeds is 0"),
-        (["--lr", "-1"], "lr is -1.0, but must be above 0"),
+        (["--lr", "-1"], "lr is -1.0, but must be a number above 0"),
+        (["--lr", "inf"], "lr is inf, but must be a number above 0"),
+        (["--l2", "inf"], "l2 is inf, but must be a number of at least 0"),
+        (["--rates", "1,inf"], "rates are [1.0, inf], but must be numbers above 0"),
+        (["--rates", ""], "--rates is empty: give a value, or leave it out"),
+        (["--grid", ""], "--grid is empty"),
+        (["--data-dir", "/nowhere"], "digits reads no files, so --data-dir /nowhere changes nothing"),
     ],
     ids=str,
 )
@@ -84,6 +90,31 @@ def test_what_cannot_be_is_said_before_any_training(flags: list[str], said: str,
     assert run(["measure", "dimension", *flags, "--out", str(tmp_path / "new")]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "new" / "runs.jsonl").exists()
+
+
+def test_what_a_folder_holds_is_not_overwritten_by_something_else(tmp_path: Path, capsys) -> None:
+    def refused(*flags: str) -> str:
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+        assert run(["measure", "dimension", *flags]) == 2
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+        return capsys.readouterr().err
+
+    one, other, both, foreign = (str(tmp_path / name) for name in ("one", "other", "both", "foreign"))
+    for out, seeds in ((one, "2"), (other, "3")):
+        assert run(["measure", "dimension", *TOY, "--grid", "8,12", "--seeds", seeds, "--out", out]) == 0
+    assert run(["measure", "dimension", "--compare", one, other, "--out", both]) == 0
+    assert run(["measure", "dimension", "--compare", one, other, "--out", both]) == 0, "a comparison is drawn anew"
+    Path(foreign).mkdir()
+    (Path(foreign) / "report.html").write_text("of a run")
+    capsys.readouterr()
+    assert "holds a comparison of measurements" in refused(*TOY, "--out", both)
+    assert "holds the results of something else" in refused(*TOY, "--out", foreign)
+    third = str(tmp_path / "third")
+    assert run(["measure", "dimension", *TOY, "--grid", "8,12", "--out", third]) == 0
+    capsys.readouterr()
+    assert "holds a single measurement" in refused("--compare", one, other, "--out", third)
+    assert "holds a single measurement" in refused("--checkpoints", "a", "b", "--task", "sst2", "--out", third)
+    assert "--out is empty" in refused(*TOY, "--out", "")
 
 
 def test_a_threshold_that_guessing_passes_is_refused(capsys) -> None:
@@ -110,7 +141,7 @@ def test_the_rate_of_a_pretrained_model_is_chosen_where_something_is_learned(
     sentences: list[str], tmp_path: Path
 ) -> None:
     model = str(make_folder(tmp_path / "model"))
-    flags = [*sentences, "--model", model, "--grid", "4,40", "--threshold", "absolute", "--share", "0.99"]
+    flags = [*sentences, "--model", model, "--grid", "4,40", "--epochs", "4", "--lr-scale", "none"]
     assert run(["measure", "dimension", *flags, "--lr", "1e-3", "--out", str(tmp_path / "out")]) == 0
     runs = [json.loads(line)["run"] for line in (tmp_path / "out" / "runs.jsonl").read_text().splitlines()]
     tried = {d: sorted(r["lr"] for r in runs if r["d"] == d and r["seed"] == SWEEP_SEED) for d in (None, 4, 40)}
@@ -134,7 +165,7 @@ def test_checkpoints_of_other_shapes_are_told_even_where_they_have_as_many_param
 
 def test_a_series_takes_the_runs_of_each_checkpoint_from_an_earlier_one(sentences: list[str], tmp_path: Path) -> None:
     made = [str(make_folder(tmp_path / f"step-{step}")) for step in (1, 2)]
-    flags = [*sentences, "--checkpoints", *made, "--grid", "2,40", "--lr", "1e-2", "--threshold", "absolute"]
+    flags = [*sentences, "--checkpoints", *made, "--grid", "2,40", "--lr", "1e-2", "--epochs", "4", "--rates", "1"]
     first, second = tmp_path / "first", tmp_path / "second"
     assert run(["measure", "dimension", *flags, "--out", str(first)]) == 0
     assert run(["measure", "dimension", *flags, "--share", "0.8", "--reuse", str(first), "--out", str(second)]) == 0

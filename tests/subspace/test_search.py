@@ -16,7 +16,7 @@ import made_up_trainer
 import pytest
 from made_up_trainer import D
 
-from trimtab.errors import FormatError, UsageError
+from trimtab.errors import FormatError, TrimtabError, UsageError
 from trimtab.subspace.crossing import Threshold
 from trimtab.subspace.runs import Run, Runs
 from trimtab.subspace.search import SWEEP_SEED, Judged, Measured, NoDimension, Plan, measure
@@ -200,6 +200,12 @@ def test_stored_runs_are_not_trained_again(tmp_path: Path) -> None:
     again = found(runs(tmp_path / "search", notes=notes))
     assert notes.read_text().splitlines() == trained
     assert again == first
+
+
+def test_a_worker_that_the_system_ends_is_told_as_such() -> None:
+    own = Runs(made_up_trainer.killed_trainer, {}, workers=2)
+    with closing(own), pytest.raises(TrimtabError, match="ended from outside, as a system does that is out of memory"):
+        own.outcomes([Run(10, 0, 1e-3), Run(20, 0, 1e-3)])
 
 
 def test_two_workers_find_the_same() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from trimtab.errors import UsageError
 from trimtab.subspace.reparameterize import Subspace
 from trimtab.subspace.runs import Run
 from trimtab.subspace.sentences import SentenceTrainer, Setting, batch_loss, read_splits
+from trimtab.subspace.series import checkpoints_of
 from trimtab.subspace.subject import of_sentences
 from trimtab.train.loss import class_loss
 
@@ -214,6 +216,34 @@ def test_a_series_of_checkpoints_is_measured_and_told(setting: Setting, tmp_path
     assert [one["n"] for one in both["measurements"]] == [len(read_splits(setting).train)] * 2
 
 
+def test_a_series_is_in_the_order_of_its_steps_whatever_trainer_wrote_it(setting: Setting, tmp_path: Path) -> None:
+    for step in (2000, 500, 1000):
+        make_folder(tmp_path / "run" / f"checkpoint-{step}")
+    given, steps = checkpoints_of([str(tmp_path / "run")])
+    assert list(given) == ["checkpoint-500", "checkpoint-1000", "checkpoint-2000"]
+    assert [steps[label] for label in given] == [500, 1000, 2000]
+    for name in ("early", "late"):
+        make_folder(tmp_path / "named" / name)
+    with pytest.raises(UsageError, match=r"tell no order \(early, late \.\.\.\): call them step100"):
+        checkpoints_of([str(tmp_path / "named")])
+    given, steps = checkpoints_of([str(tmp_path / "named" / name) for name in ("late", "early")])
+    assert (list(given), steps) == (["late", "early"], {"late": 0, "early": 1})
+
+
+def test_a_folder_of_another_search_is_refused_before_any_of_a_series_is_trained(
+    setting: Setting, tmp_path: Path, capsys
+) -> None:
+    for step in (1, 2):
+        make_folder(tmp_path / "series" / f"step{step}")
+    (tmp_path / "out" / "step2").mkdir(parents=True)
+    (tmp_path / "out" / "step2" / "search.json").write_text('{"task": "another"}')
+    flags = ["--checkpoints", str(tmp_path / "series"), "--task", str(setting.data), "--test-data", str(setting.test)]
+    assert command(["measure", "dimension", *flags, *QUICK, "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert re.search(r"step2 holds the runs of another search: task 'another', but now .* and \d+ more", told)
+    assert not (tmp_path / "out" / "step1").exists()
+
+
 def broken(folder: Path) -> Path:
     """The folder of a model whose weights are no numbers, so that its training diverges."""
     from transformers import AutoModel
@@ -323,8 +353,8 @@ def test_a_file_is_not_scored_on_what_it_teaches(setting: Setting, tmp_path: Pat
         read_splits(dataclasses.replace(setting, test=setting.data))
     rows = lines(120)
     both = write_table(tmp_path / "both.tsv", [*rows[:3], *lines(40, seed=7)])
-    read_splits(dataclasses.replace(setting, data=str(write_table(tmp_path / "own.tsv", rows)), test=str(both)))
-    assert "rows of both.tsv are among those that are learned" in caplog.text
+    of_sentences(dataclasses.replace(setting, data=str(write_table(tmp_path / "own.tsv", rows)), test=str(both)))
+    assert "rows that are scored are also learned" in caplog.text
 
 
 def test_another_tokenizer_or_configuration_is_another_search(setting: Setting, tmp_path: Path) -> None:

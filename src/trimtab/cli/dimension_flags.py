@@ -78,7 +78,10 @@ PROBLEMS_ONLY = ("width", "depth", "l2", "shuffle")
 
 
 def refuse_idle(flags: DimensionFlags) -> None:
-    """UsageError for flags that would change nothing."""
+    """UsageError for flags that would change nothing, or are empty."""
+    empty = [name for name in _changed(flags) if getattr(flags, name) == ""]
+    if empty:
+        raise UsageError(f"--{empty[0].replace('_', '-')} is empty: give a value, or leave it out")
     if flags.compare:
         _refuse_beside_compare(flags)
         return

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from trimtab.cli.common import Screen
 
 SOURCES = "an adapter's folder, a run's, a checkpoint's, or a fine-tuned model's"
-
-
-def steps_of(names: Sequence[str]) -> Mapping[str, int]:
-    """The step of training that each name tells: 200, step200 or step-000200; empty unless all do."""
-    found = {name: re.fullmatch(r"(?:step-?)?(\d+)", name) for name in names}
-    return {name: int(match[1]) for name, match in found.items() if match} if all(found.values()) else {}
 
 
 def show_table(screen: Screen, title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

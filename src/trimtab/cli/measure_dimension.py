@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.cli.common import Screen, find_model, load_libraries, options
 from trimtab.cli.dimension_flags import DimensionFlags, projection_of, rates_of, refuse_idle
-from trimtab.cli.measure import show_table, steps_of
+from trimtab.cli.measure import show_table
 from trimtab.errors import UsageError
-from trimtab.files import name_of
 from trimtab.tasks.problems import PROBLEMS, make_problem
 
 if TYPE_CHECKING:
@@ -32,10 +31,12 @@ def run(name: str, summary: str, argv: list[str]) -> None:
     refuse_idle(flags)
     screen = Screen(output)
     load_libraries(screen)
+    from trimtab.report.dimension_results import refuse_foreign
     from trimtab.report.template import check_plots
 
     if flags.out is not None:
         check_plots()
+        refuse_foreign(Path(flags.out), "comparison" if flags.compare else "series" if flags.checkpoints else "search")
     if flags.compare or flags.checkpoints:
         screen.result(_comparison(flags, screen) if flags.compare else _series(flags, screen))
         return
@@ -66,14 +67,17 @@ def _series(flags: DimensionFlags, screen: Screen) -> dict[str, Any]:
     """Every checkpoint in a folder of its own within --out; then what the series comes to."""
     from trimtab.report.dimension_comparison import comparison_table, series_results, write_series
     from trimtab.report.dimension_results import Unmeasured
+    from trimtab.subspace.runs import refuse_other_search
     from trimtab.subspace.search import NoDimension
+    from trimtab.subspace.series import checkpoints_of, refuse_other_shapes
 
-    given = _checkpoints(flags.checkpoints)
-    steps = steps_of(list(given))
-    models = {label: given[label] for label in sorted(given, key=lambda label: steps.get(label, 0))}
-    own = {label: dataclasses.replace(flags, model=model, checkpoints=()) for label, model in models.items()}
+    given, steps = checkpoints_of(flags.checkpoints)
+    own = {label: dataclasses.replace(flags, model=model, checkpoints=()) for label, model in given.items()}
     subjects = {label: _read(own[label], label, screen) for label in own}
-    _refuse_other_shapes({label: subject.shapes for label, subject in subjects.items()})
+    refuse_other_shapes({label: subject.shapes for label, subject in subjects.items()})
+    for label, subject in subjects.items():  # before the first of them is trained
+        if flags.out is not None:
+            refuse_other_search(Path(flags.out) / label, subject.about)
     series = [
         _checkpoint(own[label], subject, label, steps.get(label, place), screen)
         for place, (label, subject) in enumerate(subjects.items())
@@ -90,21 +94,6 @@ def _series(flags: DimensionFlags, screen: Screen) -> dict[str, Any]:
         screen.outcome(f"report: {page}")
         results["report"] = str(page)
     return results
-
-
-def _refuse_other_shapes(by_label: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
-    """UsageError unless all checkpoints have parameters of the same names and shapes."""
-    (first, shapes), *others = by_label.items()
-    for label, own in others:
-        name = next((name for name in {**shapes, **own} if shapes.get(name) != own.get(name)), None)
-        if name is not None:
-            told = " and ".join(
-                f"{list(one[name]) if name in one else 'absent'} in {place}"
-                for place, one in ((first, shapes), (label, own))
-            )
-            raise UsageError(
-                f"the checkpoints are of different shapes, so that their d90 do not compare: {name} is {told}"
-            )
 
 
 def _checkpoint(
@@ -145,34 +134,6 @@ def _show(table: Table, sentences: Sequence[str], screen: Screen) -> None:
     show_table(screen, table.title, table.head, table.rows)
     for sentence in sentences:
         screen.outcome(sentence)
-
-
-def _checkpoints(given: tuple[str, ...]) -> dict[str, str]:
-    """By label, the checkpoints given, or those within a single folder: folders, and REPO@REVISION of a hub."""
-    from trimtab.models.load import hub_revision
-
-    missing = [name for name in given if not Path(name).expanduser().is_dir() and hub_revision(name)[1] is None]
-    if missing:
-        raise UsageError(
-            f"checkpoints: there is no folder {missing[0]}; those of a hub's repository are named one by one, as "
-            "REPO@REVISION"
-        )
-    names = list(given)
-    if len(given) == 1 and hub_revision(given[0])[1] is None:
-        names = sorted(str(path.parent) for path in Path(given[0]).expanduser().glob("*/config.json"))
-    if len(names) < 2:
-        raise UsageError(
-            f"{given[0]}: fewer than two checkpoints, but a series needs two: folders with a config.json, or "
-            "REPO@REVISION"
-        )
-    labels = [hub_revision(name)[1] or name_of(name) for name in names]
-    double = [label for label in labels if labels.count(label) > 1]
-    if double:
-        raise UsageError(
-            f"two checkpoints are called {double[0]}, by which their results are kept: measure them apart, or rename a "
-            "folder"
-        )
-    return dict(zip(labels, names, strict=True))
 
 
 def _read(flags: DimensionFlags, what: str, screen: Screen) -> Subject:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.cli.answering import ANY_BASE, named_adapters
 from trimtab.cli.common import ModelName, Screen, load_libraries, load_model, options, refuse_taken
-from trimtab.cli.measure import SOURCES, show_table, steps_of
+from trimtab.cli.measure import SOURCES, show_table
 from trimtab.errors import UsageError
+from trimtab.models.steps import steps_of
 from trimtab.options import option
 
 if TYPE_CHECKING:

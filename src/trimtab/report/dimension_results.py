@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trimtab.errors import UsageError
+from trimtab.errors import TrimtabError, UsageError
 from trimtab.files import name_of, read_json
 from trimtab.subspace.crossing import Threshold
 from trimtab.subspace.search import MALFORMED, Measured, Plan
@@ -109,6 +109,33 @@ class Unmeasured(NamedTuple):
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""
         return self._asdict()
+
+
+def refuse_foreign(out: Path, kind: str) -> None:
+    """UsageError where a folder holds what a search, a series or a comparison would overwrite and is none itself."""
+    there = _kind(out)
+    if there is not None and there != kind:
+        raise UsageError(f"{out} holds {OTHERS[there]}, which would be overwritten: choose another --out")
+
+
+OTHERS = {
+    "search": "a single measurement",
+    "series": "a series of measurements",
+    "comparison": "a comparison of measurements",
+    "other": "the results of something else",
+}
+
+
+def _kind(folder: Path) -> str | None:
+    if (folder / "search.json").exists():
+        return "search"
+    if (folder / RESULTS).exists():
+        try:
+            found = read_json(folder / RESULTS)
+        except TrimtabError:
+            found = {}
+        return "series" if "series" in found else "comparison" if "measurements" in found else "other"
+    return "other" if any((folder / name).exists() for name in ("report.html", "config.yaml", "adapter")) else None
 
 
 def read_measurements(folders: Sequence[str]) -> list[Measurement]:

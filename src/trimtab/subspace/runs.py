@@ -10,17 +10,20 @@ import multiprocessing.connection
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trimtab.errors import FormatError, UsageError
+from trimtab.errors import FormatError, TrimtabError, UsageError
 from trimtab.files import read_json, storage_error, whole_lines, write_whole
 from trimtab.subspace.training import Outcome
 
 MADE_WITH, RUNS = "search.json", "runs.jsonl"
 OF_SUBSPACES = ("projection", "diagonal", "options", "mode", "layers")
 """What of a setting a run of all parameters does not depend on."""
+SAID = 3
+"""So many differences between two searches are named."""
 
 
 class Run(NamedTuple):
@@ -65,10 +68,7 @@ class Runs:
             self._open(folder)
 
     def _open(self, folder: Path) -> None:
-        if (folder / MADE_WITH).exists():
-            self._refuse_others(folder, self._differing(folder))
-        elif (folder / RUNS).exists():
-            raise UsageError(f"{folder / RUNS} is there without {MADE_WITH}: choose another folder, or empty this one")
+        refuse_other_search(folder, self._about)
         write_whole(folder / MADE_WITH, json.dumps(self._about, indent=2) + "\n")
         self._known |= _stored(folder)
 
@@ -78,22 +78,12 @@ class Runs:
 
         Raises UsageError where they differ in anything else, and for a folder that holds no search.
         """
-        differing = self._differing(folder)
-        self._refuse_others(folder, {key: pair for key, pair in differing.items() if key not in OF_SUBSPACES})
+        differing = _differing(folder, self._about)
+        _refuse(folder, {key: pair for key, pair in differing.items() if key not in OF_SUBSPACES})
         for run, outcome in _stored(folder, repair=False).items():  # a search may be going on there
             if run not in self._known and (run.d is None or not differing):
                 self._known[run] = outcome
                 self._keep(run, outcome)
-
-    def _differing(self, folder: Path) -> dict[str, tuple[Any, Any]]:
-        """What the search in a folder is of and this one is not: (there, here) by key."""
-        there, here = read_json(folder / MADE_WITH), self._about
-        return {key: (there.get(key), here.get(key)) for key in {**there, **here} if there.get(key) != here.get(key)}
-
-    def _refuse_others(self, folder: Path, differing: Mapping[str, tuple[Any, Any]]) -> None:
-        if differing:
-            told = "; ".join(f"{key} {there!r}, but now {here!r}" for key, (there, here) in differing.items())
-            raise UsageError(f"{folder} holds the runs of another search: {told}: choose another folder")
 
     def begin(self, wanted: Iterable[Run]) -> None:
         """Let the workers start on runs that will be asked for, so that none is idle. One alone begins nothing early:
@@ -135,7 +125,7 @@ class Runs:
             for future in ended:
                 run = self._begun.pop(future)
                 left.discard(run)
-                yield run, future.result()
+                yield run, _result(future)
 
     def _workers_pool(self) -> concurrent.futures.ProcessPoolExecutor:
         if self._pool is None:
@@ -166,6 +156,37 @@ class Runs:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
             self._begun.clear()
+
+
+def _result(future: concurrent.futures.Future[Outcome]) -> Outcome:
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise TrimtabError(
+            "a process that trained runs was ended from outside, as a system does that is out of memory: try fewer "
+            "--workers; with --out the runs that came to their end are kept"
+        ) from error
+
+
+def refuse_other_search(folder: Path, about: Mapping[str, Any]) -> None:
+    """UsageError where a folder holds the runs of a search that was not of this."""
+    if (folder / MADE_WITH).exists():
+        _refuse(folder, _differing(folder, about))
+    elif (folder / RUNS).exists():
+        raise UsageError(f"{folder / RUNS} is there without {MADE_WITH}: choose another folder, or empty this one")
+
+
+def _differing(folder: Path, about: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What the search in a folder is of and this one is not: (there, here) by key."""
+    there, here = read_json(folder / MADE_WITH), json.loads(json.dumps(about))
+    return {key: (there.get(key), here.get(key)) for key in {**there, **here} if there.get(key) != here.get(key)}
+
+
+def _refuse(folder: Path, differing: Mapping[str, tuple[Any, Any]]) -> None:
+    if differing:
+        told = "; ".join(f"{key} {there!r}, but now {here!r}" for key, (there, here) in list(differing.items())[:SAID])
+        more = f"; and {len(differing) - SAID} more" if len(differing) > SAID else ""
+        raise UsageError(f"{folder} holds the runs of another search: {told}{more}: choose another folder")
 
 
 def _stored(folder: Path, *, repair: bool = True) -> dict[Run, Outcome]:

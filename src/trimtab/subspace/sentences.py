@@ -95,6 +95,12 @@ class Splits:
     validation: tuple[LabelledRow, ...]
     test: tuple[LabelledRow, ...]
 
+    @property
+    def in_common(self) -> int:
+        """How many test rows are among those that are learned."""
+        learned = {(row.first, row.second) for row in self.train}
+        return sum((row.first, row.second) in learned for row in self.test)
+
     def judged(self, name: str) -> Judged:
         """One of the splits as runs are judged by it: guessing scores the share of its largest class."""
         rows = getattr(self, name)
@@ -123,10 +129,6 @@ def read_splits(setting: Setting) -> Splits:
     if scored.exists() and scored.samefile(files("train")):
         raise UsageError(f"{scored} is not to be scored on what it teaches: name another file with --test-data")
     test = task.rows(scored)
-    learned = {(row.first, row.second) for row in rows}
-    common = sum((row.first, row.second) in learned for row in test)
-    if common:
-        log.warning("%d of the %d rows of %s are among those that are learned", common, len(test), scored.name)
     classes = task.classes or tuple(sorted({row.label for row in rows}))
     check_classes(test, classes, scored.name, each=False)
     if known and "dev" in known.splits:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ from trimtab.subspace.search import Judged
 from trimtab.subspace.sentences import SentenceTrainer, Setting
 from trimtab.subspace.trainers import about_problem, problem_trainer
 from trimtab.tasks.digests import config_digest, model_digest
+
+log = logging.getLogger("trimtab")
 
 FINE_TUNING_LR = 5e-5
 """Of all parameters of a pretrained encoder: the largest of those that Devlin et al. 2019 (arXiv 1810.04805, appendix
@@ -79,6 +82,12 @@ def of_problem(
 def of_sentences(setting: Setting) -> Subject:
     """A model on a task of sentences. The model is loaded once, to be looked at."""
     trainer = SentenceTrainer(setting)
+    if trainer.splits.in_common:
+        log.warning(
+            "%d of %d rows that are scored are also learned: the scores say less of other rows",
+            trainer.splits.in_common,
+            len(trainer.splits.test),
+        )
     loaded = trainer.load(0)
     shapes = _shapes(loaded.model)
     D = sum(map(math.prod, shapes.values()))

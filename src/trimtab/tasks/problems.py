@@ -24,8 +24,8 @@ def make_problem(name: str, data_dir: Path | None = None, **options: Any) -> Pro
     """The problem `name` of PROBLEMS.
 
     data_dir: the folder with MNIST's files, by default the one that TRIMTAB_DATA names; or a dataset of the hub's, as
-    `tasks.idx.mnist_folder` takes it. options: the keyword arguments
-    of the problem's function in `tasks.vision` or `tasks.toy`.
+    `tasks.idx.mnist_folder` takes it. options: the keyword arguments of the problem's function in `tasks.vision` or
+    `tasks.toy`.
     Raises UsageError for a name, an option or data there are not, FormatError for a broken file.
     """
     if name not in PROBLEMS:
@@ -49,5 +49,7 @@ def make_problem(name: str, data_dir: Path | None = None, **options: Any) -> Pro
             raise UsageError(f"{name} has no option {option!r}{did_you_mean(option, known)}{takes}")
     if name.startswith("mnist"):
         options["data_dir"] = data_dir
+    elif data_dir is not None:
+        raise UsageError(f"{name} reads no files, so --data-dir {data_dir} changes nothing: leave it out")
     made: Problem = makers[name](**options)
     return made
