@@ -141,11 +141,11 @@ def test_the_rate_of_a_pretrained_model_is_chosen_where_something_is_learned(
     sentences: list[str], tmp_path: Path
 ) -> None:
     model = str(make_folder(tmp_path / "model"))
-    flags = [*sentences, "--model", model, "--grid", "4,40", "--epochs", "4", "--lr-scale", "none"]
-    assert run(["measure", "dimension", *flags, "--lr", "1e-3", "--out", str(tmp_path / "out")]) == 0
+    flags = [*sentences, "--model", model, "--grid", "4,40", "--epochs", "4", "--batch-size", "8", "--lr-scale", "none"]
+    assert run(["measure", "dimension", *flags, "--lr", "3e-3", "--out", str(tmp_path / "out")]) == 0
     runs = [json.loads(line)["run"] for line in (tmp_path / "out" / "runs.jsonl").read_text().splitlines()]
     tried = {d: sorted(r["lr"] for r in runs if r["d"] == d and r["seed"] == SWEEP_SEED) for d in (None, 4, 40)}
-    assert tried[None] == pytest.approx([1e-3, 4e-3, 16e-3])
+    assert tried[None] == pytest.approx([3e-3, 12e-3, 48e-3])
     assert [rate / tried[4][0] for rate in tried[4]] == pytest.approx([1, 4, 16])
     assert [rate / tried[40][0] for rate in tried[40]] == pytest.approx([1, 4, 16]), "nothing is learned at 4"
 
