@@ -10,11 +10,9 @@ COUNTED = re.compile(r"(?<![a-z])(global_?step|step|checkpoint|ckpt|epoch|iterat
 
 
 def steps_of(names: Sequence[str]) -> Mapping[str, int]:
-    """The step of training that each name tells: a number alone, or one after the same word of COUNTED in all of them,
-    the last in a name counting; empty unless all do."""
-    if all(re.fullmatch(r"\d+", name) for name in names):
-        return {name: int(name) for name in names}
-    found = {name: COUNTED.findall(name) for name in names}
+    """The step of training that each name tells: the number after the last word of COUNTED in it, the same word in all
+    of them, or a number alone, which is one of steps; empty unless all do."""
+    found = {name: COUNTED.findall(f"step{name}" if name.isdecimal() else name) for name in names}
     if not all(found.values()) or len({told[-1][0].lower() for told in found.values()}) > 1:
         return {}
     return {name: int(told[-1][1]) for name, told in found.items()}
