@@ -68,10 +68,10 @@ def main() -> None:
             if "not built" in row:
                 break
     write_whole(asked.out, "".join(json.dumps(row) + "\n" for row in rows))
-    for dtype in ("float32", "bfloat16"):
-        own = [row for row in rows if row["dtype"] == dtype and row.get("trial")]
+    for name in ("float32", "bfloat16"):
+        own = [row for row in rows if row["dtype"] == name and row.get("trial")]
         loss, gradient = (max((row[what] for row in own), default=0.0) for what in ("loss", "gradient"))
-        print(f"{dtype}: {len(own)} models, loss {loss:.1e} and gradient {gradient:.1e} apart at most")
+        print(f"{name}: {len(own)} models, loss {loss:.1e} and gradient {gradient:.1e} apart at most")
     for row in rows:
         if "not built" not in row and not row.get("trial"):
             print(f"{row['config']} {row['dtype']}: {row.get('failed', 'computed plainly')}")

@@ -98,7 +98,7 @@ class Study:
 
     def examples(self, seed: int, held_out: bool = False) -> list[Any]:
         """The training questions of a seed, or the held-out ones, as tokens in an order of the seed's own."""
-        rows = []
+        rows: list[Any] = []
         for task, apart in self.questions("train", self.sizes.held_out, HELD_OUT_SEED):
             left = [item for item in task.items("train", self.data) if item not in set(apart)]
             drawn = apart if held_out else subset(left, self.sizes.train, seed)

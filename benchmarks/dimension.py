@@ -7,7 +7,7 @@ usage: python benchmarks/dimension.py --data DIR [--only NAME ...] [--workers 2]
 folder of its own, and one that was stopped goes on where it was; results.json stands in its folders global and local,
 which `trimtab measure dimension --compare` takes. The protocol is that of Li et al. 2018 (arXiv 1804.08838): Adam at
 1e-3, batches of 128, the same learning rate at every d, 100 epochs for fc and lenet. What is compared with one another
-is trained for 20 epochs: the projections on one grid of d, since a step with a dense one takes ten times as long, with
+is trained for 20 epochs: the projections on a grid of d, since a step with a dense one takes ten times as long, with
 the runs of all parameters shared, which do not depend on them; fc-shuffled beside projection-fastfood-blocks, on the
 same grid; and lenet-shuffled beside lenet-short. --epochs: in the place of either, for a trial in an --out of its own.
 Prints the protocol of each measurement, a line for each run, and d90 by the global and by the local threshold with the
@@ -27,10 +27,9 @@ from typing import Any
 from trimtab.files import write_whole
 from trimtab.report.dimension_results import RESULTS, Told, as_json, protocol_of, result, told
 from trimtab.subspace.crossing import Threshold
-from trimtab.subspace.projection import make_projection
 from trimtab.subspace.runs import MADE_WITH, Runs
 from trimtab.subspace.search import Plan, measure
-from trimtab.subspace.trainers import about_problem, problem_trainer
+from trimtab.subspace.subject import of_problem
 from trimtab.tasks.problems import make_problem
 
 
@@ -57,8 +56,13 @@ SHORT = 20
 # After 20 epochs more d are needed than after 100: in a trial a seed had 0.871 at 800, and 0.834 at 500.
 GRID = (600, 850, 1200, 1700)
 PROJECTIONS = {
-    f"projection-{kind}": Asked(projection=kind, grid=GRID, epochs=SHORT)
-    for kind in ("fastfood-blocks", "uni", "sparse-global", "dense")
+    f"projection-{kind}": Asked(projection=kind, grid=grid, epochs=SHORT)
+    for kind, grid in {
+        "fastfood-blocks": GRID,
+        "uni": GRID,
+        "sparse-global": (*GRID, 2400),  # at 1,700 the upper end of its interval was open
+        "dense": GRID,
+    }.items()
 }
 MEASUREMENTS = {
     "fc": Asked(start=600),
@@ -87,23 +91,20 @@ def one(name: str, flags: argparse.Namespace) -> None:
     """One measurement, by both thresholds: the second search adds only the d that the first did not try."""
     asked = MEASUREMENTS[name]
     make = functools.partial(make_problem, asked.task, flags.data, **asked.options)
-    problem, options = make(), asked.projection_options
-    make_projection(asked.projection, problem.sizes, 1, 0, **options)
-    protocol = dataclasses.replace(problem.defaults, epochs=flags.epochs or asked.epochs)
-    about = about_problem(problem, protocol, asked.projection, options)
-    plan = Plan(seeds=flags.seeds, start=asked.start, factor=2, grid=asked.grid, lr=protocol.lr, lr_scale="none")
-    told_of = protocol_of(about, plan)
+    epochs = flags.epochs or asked.epochs
+    subject = of_problem(
+        make, lambda own: dataclasses.replace(own, epochs=epochs), asked.projection, asked.projection_options
+    )
+    plan = Plan(seeds=flags.seeds, start=asked.start, factor=2, grid=asked.grid, lr=subject.lr, lr_scale="none")
+    told_of = protocol_of(subject.about, plan)
     print(f"{name}: {', '.join(f'{key} {value}' for key, value in told_of.items())}", flush=True)
-    trainer = functools.partial(problem_trainer, make, protocol, asked.projection, options)
-    split, found = problem.splits[problem.scored], {}
-    with closing(Runs(trainer, about, flags.out / name, workers=flags.workers, told=tell)) as runs:
+    found = {}
+    with closing(Runs(subject.make, subject.about, flags.out / name, workers=flags.workers, told=tell)) as runs:
         take_baselines(runs, name, flags.out)
         for mode in ("global", "local"):
             own = dataclasses.replace(plan, threshold=Threshold(mode, 0.9))
-            found[mode] = measure(
-                runs, problem.D, own, scored=problem.scored, chance=problem.chance, examples=len(split)
-            )
-    label = Told(f"{problem.name} ({name})", problem.metric, split.name, len(problem.train), told_of)
+            found[mode] = measure(runs, subject.D, own, scored=subject.scored, chosen=subject.chosen)
+    label = Told(f"{subject.title} ({name})", subject.metric, subject.split, subject.n, told_of)
     for mode, measured in found.items():
         write_whole(flags.out / name / mode / RESULTS, as_json(result(measured, label)))
     lines = [f"{mode} {told(measured)}, first crossing {measured.crossing.first}" for mode, measured in found.items()]

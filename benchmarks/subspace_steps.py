@@ -18,13 +18,14 @@ import gc
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from trimtab.subspace.blocks import DIAGONALS
-from trimtab.subspace.problem import Problem, Protocol, Split
 from trimtab.subspace.projection import PROJECTIONS, Projection, make_projection
 from trimtab.subspace.training import train
+from trimtab.tasks.problem import SPLITS, Problem, Protocol, Split
 from trimtab.tasks.vision import fully_connected
 from trimtab.train.machine import spare_memory
 
@@ -44,7 +45,7 @@ def made_up(steps: int) -> Problem:
     return Problem(
         name="noise",
         metric="accuracy",
-        chance=0.1,
+        chances=dict.fromkeys(SPLITS, 0.1),
         train=examples,
         validation=few,
         test=few,
@@ -67,7 +68,8 @@ def held() -> int:
 def side(problem: Problem, name: str, d: int, diagonal: str) -> tuple[Projection, int]:
     """A projection that is drawn, and the bytes of what it keeps."""
     before = held()
-    made = make_projection(name, problem.sizes, d, 0, **({"diagonal": diagonal} if name.startswith("fastfood") else {}))
+    options: dict[str, Any] = {"diagonal": diagonal} if name.startswith("fastfood") else {}
+    made = make_projection(name, problem.sizes, d, 0, **options)
     made.expand(torch.zeros(d))
     return made, held() - before
 

@@ -44,7 +44,8 @@ def test_the_runs_that_were_trained_are_counted_and_nobody_knows_how_many_there_
     paced = [re.sub(r"[\d.]+ (runs/s|s/run)$", "PACE", line) for line in told]
     assert paced == [
         "training all parameters: 0 runs",
-        *(f"training all parameters: {n} runs, PACE" for n in (1, 2)),
+        "training all parameters: 1 run, PACE",
+        "training all parameters: 2 runs, PACE",
         *(f"training d = 8: {n} runs, PACE" for n in (2, 3, 4)),
         *(f"training d = 12: {n} runs, PACE" for n in (4, 5, 6)),
     ]
@@ -82,6 +83,13 @@ def test_the_runs_that_were_trained_are_counted_and_nobody_knows_how_many_there_
         (["--rates", "1,inf"], "rates are [1.0, inf], but must be numbers above 0"),
         (["--rates", ""], "--rates is empty: give a value, or leave it out"),
         (["--grid", ""], "--grid is empty"),
+        (["--grid", "-1,5"], "d is -1, but must be at least 1"),
+        (["--model", "minilm"], "digits has a net of its own: with a model --task is sst2, mrpc or a file"),
+        (["--model", "minilm", "--task", "nope.tsv"], "there is no file nope.tsv: with a model --task is sst2"),
+        (["--task", "sst2"], "sst2 is for a pretrained model to learn: name one with --model"),
+        (["--task", "toy", "--width", "5"], "--width is for mnist-fc, not for toy"),
+        (["--shuffle", "labels"], "--shuffle is for mnist-fc and mnist-lenet, not for digits"),
+        (["--model", "minilm", "--task", "sst2", "--layers", "tensor"], "--layers is for --mode said"),
         (["--data-dir", "/nowhere"], "digits reads no files, so --data-dir /nowhere changes nothing"),
     ],
     ids=str,
@@ -117,6 +125,29 @@ def test_what_a_folder_holds_is_not_overwritten_by_something_else(tmp_path: Path
     assert "--out is empty" in refused(*TOY, "--out", "")
 
 
+def test_what_was_trained_before_it_is_stopped_is_kept(tmp_path: Path, monkeypatch, capsys) -> None:
+    from trimtab.subspace import trainers
+
+    train, ended = trainers.train, []
+
+    def stopping(*arguments, **options):
+        if len(ended) == 3:
+            raise KeyboardInterrupt
+        ended.append(train(*arguments, **options))
+        return ended[-1]
+
+    monkeypatch.setattr(trainers, "train", stopping)
+    flags = ["measure", "dimension", *TOY, "--grid", "8,12"]
+    assert run([*flags, "--out", str(tmp_path)]) == 130
+    assert f"the runs that ended are in {tmp_path}, and the same command goes on from there" in capsys.readouterr().err
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 3
+    assert run(flags) == 130
+    assert "with --out, they would have been kept" in capsys.readouterr().err
+    monkeypatch.setattr(trainers, "train", train)
+    assert run([*flags, "--out", str(tmp_path)]) == 0
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 6
+
+
 def test_a_threshold_that_guessing_passes_is_refused(capsys) -> None:
     assert run(["measure", "dimension", *QUICK, "--epochs", "1", "--share", "0.1"]) == 1
     assert "any d would pass" in capsys.readouterr().err
@@ -134,6 +165,9 @@ def test_a_d_that_said_has_not_is_refused_before_any_training(sentences: list[st
     flags = ["--model", str(make_folder(tmp_path / "model")), "--mode", "said", "--out", str(tmp_path / "out")]
     assert run(["measure", "dimension", *sentences, *flags, "--grid", "3,2000"]) == 2
     assert "d is 3, but must be at least 6, since SAID spends 5 on the λ of its layers" in capsys.readouterr().err
+    assert run(["measure", "dimension", *sentences, *flags, "--layers", "tensor", "--grid", "6"]) == 2
+    assert "since SAID spends" in (err := capsys.readouterr().err)
+    assert "spends 5" not in err, "a λ for each tensor is more of them"
     assert not (tmp_path / "out" / "runs.jsonl").exists()
 
 

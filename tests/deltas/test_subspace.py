@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -325,6 +326,20 @@ def test_another_draw_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     drawn_otherwise(monkeypatch)
     with pytest.raises(FormatError, match="belongs to another P than projection_seed 0 gives"):
         trimtab.load(reader(), folder)
+
+
+@pytest.mark.parametrize("projection", ["uni", "dense"])
+def test_another_draw_of_few_directions_is_refused(projection: str, tmp_path: Path) -> None:
+    for dim in (1, 2):
+        model, method = reader(), RandomSubspace(dim=dim, projection=projection)
+        folder = stir(trimtab.attach(model, method, targets=BLOCKS)).save(tmp_path / str(dim))
+        settings = json.loads((folder / "trimtab.json").read_text())
+        trimtab.load(reader(), folder)
+        for seed in range(1, 40):
+            changed = json.dumps(settings).replace('"projection_seed": 0', f'"projection_seed": {seed}')
+            (folder / "trimtab.json").write_text(changed)
+            with pytest.raises(FormatError, match="belongs to another P"):
+                trimtab.load(reader(), folder)
 
 
 def test_a_run_is_not_resumed_with_another_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

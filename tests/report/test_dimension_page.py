@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -23,6 +24,7 @@ from trimtab.report.dimension_comparison import (
     write_series,
 )
 from trimtab.report.dimension_page import render, write_dimension
+from trimtab.report.dimension_plots import gap_against_bound
 from trimtab.report.dimension_results import (
     Measurement,
     Told,
@@ -108,9 +110,19 @@ def test_what_was_kept_is_read_again(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "a" / "results.json").read_text())["gap"] == pytest.approx(0.05)
 
 
-def test_folders_of_one_name_are_called_by_their_paths(tmp_path: Path) -> None:
-    folders = [kept(tmp_path / name, measured(), about()) for name in ("x/run", "y/run", "z/other")]
-    assert [one.label for one in read_measurements(folders)] == [*folders[:2], "other"]
+def test_folders_of_one_name_are_called_by_what_their_paths_do_not_share(tmp_path: Path) -> None:
+    names = ("x/run", "y/2/run", "y/2/run/run", "z/other")
+    folders = [kept(tmp_path / name, measured(), about()) for name in names]
+    assert [one.label for one in read_measurements(folders)] == [*names[:3], "other"]
+
+
+def test_labels_that_have_no_room_are_left_out_of_a_figure() -> None:
+    points = [(f"a long label of number {number}", 0.1 + number / 1e5, 0.02) for number in range(40)]
+    drawn = gap_against_bound(points, "gap")
+    places = re.findall(r'y="([\d.]+)"[^>]*>a long label', drawn)
+    assert 2 <= len(places) < 40
+    heights = sorted(map(float, places))
+    assert all(above - below >= 8 for below, above in itertools.pairwise(heights)), "none is on another"
 
 
 def test_thresholds_that_differ_are_refused(tmp_path: Path) -> None:

@@ -115,5 +115,8 @@ def test_a_run_of_the_library_has_no_config_and_a_page_all_the_same(run: Path) -
 
 
 def test_a_folder_with_nothing_of_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="is not a run folder"):
+    with pytest.raises(UsageError, match=r"is not a run folder$"):
+        write_report(tmp_path)
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(UsageError, match="is not a run folder; a measurement has a page of its own"):
         write_report(tmp_path)

@@ -260,12 +260,15 @@ def test_a_killed_search_goes_on_where_it_was(stop: signal.Signals, workers: int
 
 
 def test_runs_of_another_search_are_refused(tmp_path: Path) -> None:
-    runs(tmp_path)
+    found(runs(tmp_path))
     with pytest.raises(UsageError, match=r"task 'made up', but now 'mnist'"):
         runs(tmp_path, about={"task": "mnist"})
-    (tmp_path / "runs.jsonl").write_text('{"something": "else"}\n')
-    with pytest.raises(FormatError, match="line 1 is no run of a search"):
-        runs(tmp_path)
+    line = json.loads(kept := (tmp_path / "runs.jsonl").read_text().splitlines()[0])
+    other = {"outcome": {**line["outcome"], "test": "0.5"}}, {"run": {**line["run"], "d": "5"}}, {"run": [1, 2, 3]}
+    for wrong in ({"something": "else"}, *({**line, **part} for part in other)):
+        (tmp_path / "runs.jsonl").write_text(f"{kept}\n{json.dumps(wrong)}\n")
+        with pytest.raises(FormatError, match="line 2 is no run of a search"):
+            runs(tmp_path)
     (tmp_path / "search.json").unlink()
     with pytest.raises(UsageError, match=r"without search\.json"):
         runs(tmp_path)

@@ -170,7 +170,7 @@ def test_a_class_that_one_file_lacks_is_told(setting: Setting, tmp_path: Path) -
         ("sst2", ("--data-dir", "/nowhere"), "--data-dir names /nowhere, and there is no such file or folder"),
         ("sst2", ("--data-dir", "/"), "--data-dir names /, which has no nlu/sst2.train.tsv.gz"),
         ("sst2", ("--data-dir", __file__), "sst2 is not to be scored on what it learns"),
-        ("nowhere.tsv", (), "a model learns sst2, mrpc or a file of sentences with labels"),
+        ("nowhere.tsv", (), "there is no file nowhere.tsv: with a model --task is sst2, mrpc or a file of sentences"),
         (__file__, (), "needs another one to be scored on: name it with --test-data"),
         ("sst2", ("--test-data", __file__), "sst2 is scored on its own test rows: --test-data is for a file as --task"),
         (__file__, ("--data-dir", "/"), "--data-dir is for a task with files of its own"),

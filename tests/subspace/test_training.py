@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from trimtab.errors import UsageError
-from trimtab.subspace.problem import Problem, Protocol, Split
 from trimtab.subspace.projection import make_projection
+from trimtab.subspace.subject import of_problem
 from trimtab.subspace.training import train
+from trimtab.tasks.problem import Problem, Protocol, Split
 from trimtab.tasks.problems import make_problem
 from trimtab.tasks.vision import accuracy, fully_connected
 
@@ -163,6 +164,16 @@ def test_a_projection_of_another_net_is_refused():
     problem = clusters(ADAM)
     with pytest.raises(UsageError, match="make it with the problem's sizes"):
         train(problem, seed=0, subspace=Dense((10, 5), 3))
+
+
+def test_a_net_without_trainable_parameters_is_refused():
+    frozen = dataclasses.replace(
+        clusters(ADAM), make_model=lambda seed: fully_connected((6, 3), seed).requires_grad_(False)
+    )
+    with pytest.raises(UsageError, match="clusters has no trainable parameters"):
+        train(frozen, seed=0)
+    with pytest.raises(UsageError, match="clusters has no trainable parameters"):
+        of_problem(lambda: frozen, lambda protocol: protocol, "uni", {})
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

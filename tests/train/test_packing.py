@@ -235,7 +235,7 @@ def test_a_loss_of_ones_own_reads_padded_batches() -> None:
 
     adapter = adapted(made("llama"))
     assert packing_for(adapter, "auto", make_examples(), own).build is PAD.build
-    with pytest.raises(UsageError, match="loss of your own takes 'pad'"):
+    with pytest.raises(UsageError, match="another loss takes 'pad'"):
         packing_for(adapter, "tree", make_examples(), own)
 
 

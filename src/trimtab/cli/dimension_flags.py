@@ -8,6 +8,8 @@ from typing import Literal
 
 from trimtab.errors import UsageError
 from trimtab.options import option
+from trimtab.tasks.nlu import KNOWN
+from trimtab.tasks.problems import PROBLEMS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,7 @@ class DimensionFlags:
         "repository as REPO@REVISION",
     )
     mode: Literal["did", "said"] = option("did", "with --model: one θ_d, or a λ for every layer out of the budget too")
+    layers: Literal["block", "tensor"] = option("block", "what has a λ of its own with --mode said")
     random_weights: bool = option(False, "with --model: the same architecture, not pretrained, as a control")
     rows: int | None = option(None, "with --model: at most so many rows to train on, drawn once")
     test_rows: int | None = option(None, "with --model: at most so many rows to score on, drawn once")
@@ -63,18 +66,20 @@ class DimensionFlags:
     )
     epochs: int | None = option(None, "passes over the data; by default the task's")
     batch_size: int | None = option(None, "examples a step; by default the task's")
-    l2: float | None = option(None, "weight of the squares of all parameters; by default the task's")
+    l2: float | None = option(None, "weight of the squares of the weights, biases left out; by default the task's")
     workers: int | None = option(None, "runs at once, one thread each; by default as many as there are cores")
     reuse: str | None = option(
         None,
         "an earlier --out whose runs are taken: all where they are trained alike, those of all parameters where only "
-        "--projection, --diagonal or --mode differs",
+        "--projection, --diagonal, --mode or --layers differs",
     )
     out: str | None = option(None, "folder that keeps every run, results.json and report.html; a search there goes on")
 
 
-SENTENCES_ONLY = ("test_data", "random_weights", "rows", "test_rows", "mode")
+SENTENCES_ONLY = ("test_data", "random_weights", "rows", "test_rows", "mode", "layers")
 PROBLEMS_ONLY = ("width", "depth", "l2", "shuffle")
+MNIST_ONLY = {"width": ("mnist-fc",), "depth": ("mnist-fc",), "shuffle": ("mnist-fc", "mnist-lenet")}
+"""Flags that are of some problems alone."""
 
 
 def refuse_idle(flags: DimensionFlags) -> None:
@@ -92,6 +97,9 @@ def refuse_idle(flags: DimensionFlags) -> None:
     if idle:
         kind = "without" if with_model else "with"
         raise UsageError(f"--{idle[0].replace('_', '-')} is for a task {kind} --model or --checkpoints")
+    _refuse_task(flags)
+    if flags.layers != "block" and flags.mode != "said":
+        raise UsageError("--layers is for --mode said, where each layer has a λ of its own")
     searching = [name for name in _changed(flags) if name in ("start", "resolution")]
     if flags.grid is not None and searching:
         raise UsageError(f"--{searching[0]} is for a search, but --grid names the d to try: leave one of them out")
@@ -101,6 +109,20 @@ def refuse_idle(flags: DimensionFlags) -> None:
         raise UsageError(
             f"--diagonal is for fastfood and fastfood-blocks, and the projection is {projection_of(flags)}"
         )
+
+
+def _refuse_task(flags: DimensionFlags) -> None:
+    """UsageError for a task that is not there, before a model is fetched or read, and for flags it does not have."""
+    task, changed = flags.task, _changed(flags)
+    own = Path(task).expanduser().is_file()
+    if is_of_model(flags) and not own and task not in KNOWN:
+        why = f"{task} has a net of its own" if task in PROBLEMS else f"there is no file {task}"
+        raise UsageError(f"{why}: with a model --task is {', '.join(KNOWN)} or a file of sentences with their labels")
+    if not is_of_model(flags) and (own or task in KNOWN):
+        raise UsageError(f"{task} is for a pretrained model to learn: name one with --model")
+    foreign = [name for name in changed if name in MNIST_ONLY and task not in MNIST_ONLY[name] and task in PROBLEMS]
+    if foreign:
+        raise UsageError(f"--{foreign[0]} is for {' and '.join(MNIST_ONLY[foreign[0]])}, not for {task}")
 
 
 def is_of_model(flags: DimensionFlags) -> bool:

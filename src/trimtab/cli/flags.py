@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -46,10 +47,22 @@ def parse(
             name = _add(group, field, hints[field.name], None if placed else "+")
             flags[name] = field.metadata.get("help", "")
     group.add_argument("-h", "--help", action="help", help="show this and leave")
-    known, unknown = parser.parse_known_intermixed_args(list(argv))
+    known, unknown = parser.parse_known_intermixed_args(_joined(argv))
     if unknown:
         raise UsageError(_unknown(unknown, command, flags, refused or {}))
     return {name: _value(value) for name, value in vars(known).items()}
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """The arguments, a value that begins as a negative number joined to its flag: -1,5 is no flag of its own."""
+    found: list[str] = []
+    for word in argv:
+        flag = found[-1] if found else ""
+        if re.match(r"-\.?\d", word) and re.fullmatch(r"--\w[\w-]*", flag):
+            found[-1] = f"{flag}={word}"
+        else:
+            found.append(word)
+    return found
 
 
 def _unknown(words: Sequence[str], command: str, flags: Mapping[str, str], refused: Mapping[str, str]) -> str:

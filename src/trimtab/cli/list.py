@@ -90,10 +90,13 @@ def _models() -> list[dict[str, Any]]:
 
 def _tasks() -> list[dict[str, Any]]:
     from trimtab.tasks import TASKS
+    from trimtab.tasks.problems import PROBLEMS
 
-    return [
+    asked = [
         {"task": name, "run by": f"trimtab {listed.command}", "what": listed.what} for name, listed in TASKS.items()
     ]
+    measured = [{"task": name, "run by": "trimtab measure dimension", "what": what} for name, what in PROBLEMS.items()]
+    return asked + measured
 
 
 def _formats() -> list[dict[str, Any]]:

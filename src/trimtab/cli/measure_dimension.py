@@ -13,16 +13,22 @@ from trimtab.cli.common import Screen, find_model, load_libraries, options
 from trimtab.cli.dimension_flags import DimensionFlags, projection_of, rates_of, refuse_idle
 from trimtab.cli.measure import show_table
 from trimtab.errors import UsageError
+from trimtab.tasks import TASKS
+from trimtab.tasks.nlu import KNOWN
 from trimtab.tasks.problems import PROBLEMS, make_problem
 
 if TYPE_CHECKING:
     from trimtab.report.dimension_results import Measurement, Told, Unmeasured
     from trimtab.report.direction_tables import Table
-    from trimtab.subspace.problem import Problem, Protocol
     from trimtab.subspace.search import Measured, Plan
+    from trimtab.subspace.sentences import Setting
     from trimtab.subspace.subject import Subject
+    from trimtab.tasks.problem import Problem, Protocol
 
-NOTES = "tasks:\n" + "\n".join(f"  {name:<12} {line}" for name, line in PROBLEMS.items())
+NOTES = "tasks:\n" + "\n".join(
+    f"  {name:<12} {line}"
+    for name, line in {**PROBLEMS, **{name: f"with --model: {TASKS[name].what}" for name in KNOWN}}.items()
+)
 
 
 def run(name: str, summary: str, argv: list[str]) -> None:
@@ -137,39 +143,50 @@ def _show(table: Table, sentences: Sequence[str], screen: Screen) -> None:
 
 
 def _read(flags: DimensionFlags, what: str, screen: Screen) -> Subject:
-    """What is measured; a model of a hub's is fetched first, with the hub's own bars."""
+    """What is measured; a model of a hub's is fetched first, with the hub's own bars, once its task can be read."""
     if flags.model is not None:
+        from trimtab.subspace.sentences import read_splits
+
+        read_splits(_setting(flags, flags.model))
         find_model(flags.model, screen, trust_remote_code=False, kind="classifier")
     with screen.progress(f"reading {what}"):
         return _subject(flags)
 
 
 def _subject(flags: DimensionFlags) -> Subject:
-    from trimtab.subspace.sentences import Setting
     from trimtab.subspace.subject import of_problem, of_sentences
 
-    projection = projection_of(flags)
-    extra = {"diagonal": flags.diagonal} if projection.startswith("fastfood") else {}
-    if flags.model is None:
-        return of_problem(_maker(flags), functools.partial(_protocol, flags), projection, extra)
+    if flags.model is not None:
+        return of_sentences(_setting(flags, flags.model))
+    return of_problem(_maker(flags), functools.partial(_protocol, flags), projection_of(flags), _drawn(flags))
+
+
+def _drawn(flags: DimensionFlags) -> dict[str, Any]:
+    """Options of the projection."""
+    return {"diagonal": flags.diagonal} if projection_of(flags).startswith("fastfood") else {}
+
+
+def _setting(flags: DimensionFlags, model: str) -> Setting:
+    from trimtab.subspace.sentences import Setting
+
     own = Path(flags.task).expanduser().is_file()
     if own and flags.data_dir is not None:
         raise UsageError(f"--data-dir is for a task with files of its own, but {flags.task} is a file: leave it out")
     given: dict[str, Any] = {"epochs": flags.epochs, "batch_size": flags.batch_size}
-    setting = Setting(
-        flags.model,
+    return Setting(
+        model,
         "classification" if own else flags.task,
         flags.task if own else flags.data_dir,
         flags.test_data,
         pretrained=not flags.random_weights,
         mode=flags.mode,
-        projection=projection,
-        options=extra,
+        layers=None if flags.layers == "block" else flags.layers,
+        projection=projection_of(flags),
+        options=_drawn(flags),
         rows=flags.rows,
         test_rows=flags.test_rows,
         **{key: value for key, value in given.items() if value is not None},
     )
-    return of_sentences(setting)
 
 
 def _maker(flags: DimensionFlags) -> Callable[[], Problem]:
@@ -211,15 +228,19 @@ def _measured(flags: DimensionFlags, subject: Subject, plan: Plan, screen: Scree
         with closing(Runs(subject.make, subject.about, folder, workers=workers, told=told)) as runs:
             if flags.reuse is not None:
                 runs.take(Path(flags.reuse).expanduser())
-            return measure(
-                runs,
-                subject.D,
-                plan,
-                scored=subject.scored,
-                chosen=subject.chosen,
-                least=subject.least,
-                at=at,
-            )
+            try:
+                return measure(
+                    runs,
+                    subject.D,
+                    plan,
+                    scored=subject.scored,
+                    chosen=subject.chosen,
+                    least=subject.least,
+                    at=at,
+                )
+            except KeyboardInterrupt as stop:
+                kept = f"the runs that ended are in {folder}, and the same command goes on from there"
+                raise KeyboardInterrupt(kept if folder else "with --out, they would have been kept") from stop
 
 
 def _plan(flags: DimensionFlags, subject: Subject) -> Plan:

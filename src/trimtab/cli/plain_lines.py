@@ -35,7 +35,8 @@ class PlainLines:
             pace = f", {_pace(more / seconds, self._unit)}"
             left = f", ETA {_clock((total - done) * seconds / more)}" if total is not None else ""
         of = f" of {total:,}" if total is not None else ""
-        self._tell(f"{self._what}{note}: {done:,.0f}{of} {self._unit}{pace}{left}")
+        unit = self._unit.removesuffix("s") if done == 1 and total is None else self._unit
+        self._tell(f"{self._what}{note}: {done:,.0f}{of} {unit}{pace}{left}")
 
 
 def _pace(rate: float, unit: str) -> str:

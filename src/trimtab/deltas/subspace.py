@@ -27,6 +27,8 @@ log = logging.getLogger("trimtab")
 CACHE_BYTES = 2**32
 """Up to which size P is kept, at some 9 bytes a weight; beyond it is drawn anew for each product, of which drawing is
 nine tenths."""
+PERIODS = (251, 241, 239, 233, 229, 227, 223, 211)
+"""Of the waves that P is known by: primes, which no draw shares."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +87,7 @@ def _deltas(sites: Sequence[Site]) -> list[SubspaceDelta]:
 class Space(Offsets):
     """What the deltas of one adapter share: θ_d, and P θ_d, computed once for all of them.
 
-    drawn: eight entries of Pᵀ w for a fixed wave w, by which a draw that differs is found. order: what the weights
+    drawn: eight entries of Pᵀ w for fixed waves w, by which a draw that differs is found. order: what the weights
     are, in order. places: for each delta the numbers of its weight and of its bias among the tensors; tied weights are
     one tensor.
     """
@@ -111,7 +113,7 @@ class Space(Offsets):
         told = [(site.path, tuple(site.weight.shape), *own) for site, own in zip(sites, self.places, strict=True)]
         digest = hashlib.sha256(repr(told).encode()).digest()
         self.register_buffer("order", torch.tensor(int.from_bytes(digest[:7], "big")))
-        self.register_buffer("drawn", self.theta_d.new_zeros(min(8, self.theta_d.numel())))
+        self.register_buffer("drawn", self.theta_d.new_zeros(len(PERIODS)))
         if not self.theta_d.is_meta:  # else only its size is asked for
             log.info("drawing P for %s weights and biases from seed %d", f"{sum(sizes):,}", seed)
             self.drawn = self._entries()
@@ -119,10 +121,11 @@ class Space(Offsets):
         self._known: _Known | None = None
 
     def _entries(self) -> Tensor:
-        wave = torch.linspace(-1, 1, 251)  # no period that a draw could share
-        D = sum(self.sizes)
-        columns: Tensor = self.projection.adjoint(wave.repeat(-(-D // 251))[:D])
-        return columns[torch.linspace(0, len(columns) - 1, min(8, len(columns))).long()].clone()
+        D, wanted = sum(self.sizes), len(PERIODS)
+        waves = PERIODS[: -(-wanted // self.theta_d.numel())]  # one, unless it has fewer entries than are wanted
+        found = [self.projection.adjoint(torch.linspace(-1, 1, n).repeat(-(-D // n))[:D]) for n in waves]
+        entries = torch.cat(found)
+        return entries[torch.linspace(0, len(entries) - 1, wanted).long()].clone()
 
     def refuse_other_draw(self) -> None:
         """FormatError when θ_d, of a file or a checkpoint, was trained with another P or for other weights."""

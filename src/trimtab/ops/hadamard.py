@@ -33,16 +33,16 @@ def hadamard(x: Tensor) -> Tensor:
     x: [..., L], L a power of two; below fp32 it is computed in fp32. Takes one copy of x, the result, and a few
     MB. On a GPU with TF32 allowed for products it is as exact as they are.
     """
-    length = x.shape[-1]
-    assert length.bit_count() == 1, f"the last dimension is {length}, but must be a power of two"
     y: Tensor = _Hadamard.apply(x)  # type: ignore[no-untyped-call]
     return y
 
 
 def hadamard_(x: Tensor) -> Tensor:
-    """x ← x H, in place and without autograd. x: [..., L], contiguous, in fp32 or fp64."""
+    """x ← x H, in place and without autograd. x: [..., L], contiguous, in fp32 or fp64, L a power of two."""
+    length = x.shape[-1]
+    assert length.bit_count() == 1, f"the last dimension is {length}, but must be a power of two"
     assert x.is_contiguous(), "a transform in place needs a contiguous tensor"
-    factors = _factors(x.shape[-1])
+    factors = _factors(length)
     inner = 1
     while factors and inner * factors[0] <= INNER:
         inner *= factors.pop(0)

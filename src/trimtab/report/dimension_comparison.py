@@ -126,7 +126,8 @@ def _row(one: Measurement | Unmeasured) -> Sequence[str]:
     own = (one.label, one.about.title, f"{measured.D:,}", told(measured), *scores)
     if measured.gap is None or one.bound is None:
         return *own, ABSENT, ABSENT, ABSENT
-    return *own, f"{measured.crossing.first:,}", f"{measured.gap:+.4f}".replace("-", "−"), f"{one.bound:.4f}"
+    gap = f"{measured.gap:+.4f}".replace("-", "−") if one.about.metric == "accuracy" else ABSENT
+    return *own, f"{measured.crossing.first:,}", gap, f"{one.bound:.4f}"
 
 
 def comparison_results(several: Sequence[Measurement]) -> dict[str, Any]:
@@ -230,7 +231,7 @@ def _told(one: Measurement) -> Mapping[str, str]:
         "scored on": about.split,
         "training examples": about.n,
         "seeds": plan.seeds,
-        **about.protocol,
+        **about.said,
         "multiples of lr tried": plan.rates,
     }
     return {name: wording.plain(value) for name, value in own.items()}

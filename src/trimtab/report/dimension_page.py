@@ -37,7 +37,7 @@ def render(measured: Measured, about: Told) -> str:
         "heading": "Every run",
         "table": score_table(measured),
         "differing": None,
-        "protocol": [(key.replace("_", " "), wording.plain(value)) for key, value in about.protocol.items()],
+        "protocol": [(name.replace("_", " "), wording.plain(value)) for name, value in about.said.items()],
     }
     return filled("dimension.html", context, visible=wording.visible)
 

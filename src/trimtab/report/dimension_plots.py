@@ -174,7 +174,8 @@ def _logarithmic(axes: Any, which: str, values: Sequence[float]) -> None:
 
 
 def _label(figure: Any, axes: Any, points: Sequence[Point], lines: Sequence[Sequence[Sequence[float]]]) -> None:
-    """Write each label beside its point, where no point, no line and no other label is, as far as there is room."""
+    """Write each label beside its point, where no point, no line and no other label is. One that has no room is left
+    out: it stands in the table below the figures."""
     axes.margins(x=0.08)
     figure.draw_without_rendering()  # else neither the layout nor the limits of the axes are known
     scale = 72 / figure.dpi
@@ -187,14 +188,17 @@ def _label(figure: Any, axes: Any, points: Sequence[Point], lines: Sequence[Sequ
     for own, (label, *at) in enumerate(points):
         width = 0.55 * LABEL * len(_short(label))
         around = [*taken, *dots[:own], *dots[own + 1 :]]
-        (side, up), box = _room(spots[own], width, scale * axes.bbox.extents, around)
+        found = _room(spots[own], width, scale * axes.bbox.extents, around)
+        if found is None:
+            continue
+        (side, up), box = found
         taken.append(box)
         place = {"ha": ("center", "left", "right")[side], "va": "center_baseline", "fontsize": LABEL, "color": INK}
         axes.annotate(_short(label), at, (6 * side, 11 * up), textcoords="offset points", **place)
 
 
-def _room(spot: Sequence[float], width: float, frame: Box, taken: Sequence[Box]) -> tuple[tuple[int, int], Box]:
-    """The first of BESIDE where a label of this width is inside the frame and meets nothing; the first, if none is."""
+def _room(spot: Sequence[float], width: float, frame: Box, taken: Sequence[Box]) -> tuple[tuple[int, int], Box] | None:
+    """The first of BESIDE where a label of this width is inside the frame and meets nothing; None, if none is."""
     x, y, half = spot[0], spot[1], width / 2
     places = {}
     for side, up in BESIDE:
@@ -204,7 +208,7 @@ def _room(spot: Sequence[float], width: float, frame: Box, taken: Sequence[Box])
         inside = frame[0] <= left and frame[1] <= bottom and right <= frame[2] and top <= frame[3]
         if inside and not any(_meet((left, bottom, right, top), own) for own in taken):
             return place, places[place]
-    return BESIDE[0], places[BESIDE[0]]
+    return None
 
 
 def _meet(one: Box, other: Box) -> bool:

@@ -6,12 +6,13 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from trimtab.errors import TrimtabError, UsageError
-from trimtab.files import name_of, read_json
+from trimtab.files import read_json
 from trimtab.subspace.crossing import Threshold
 from trimtab.subspace.search import MALFORMED, Measured, Plan
 
@@ -43,6 +44,11 @@ class Told:
     n: int
     protocol: Mapping[str, Any]
     features: tuple[int, int] | None = None
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """The entries of the protocol that have a value."""
+        return {name: value for name, value in self.protocol.items() if value not in (None, {})}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Told:
@@ -139,8 +145,8 @@ def _kind(folder: Path) -> str | None:
 
 
 def read_measurements(folders: Sequence[str]) -> list[Measurement]:
-    """What the folders of earlier measurements hold, each called by its folder's name, or by its path where two share
-    one.
+    """What the folders of earlier measurements hold, each called by its folder's name; those that share one by their
+    paths from where these part.
 
     Raises UsageError for fewer than two, for a folder given twice, for one without the results of a single measurement,
     and for thresholds that differ.
@@ -152,8 +158,7 @@ def read_measurements(folders: Sequence[str]) -> list[Measurement]:
     twice = [str(path) for path, own in zip(paths, whole, strict=True) if whole.count(own) > 1]
     if twice:
         raise UsageError(f"{twice[-1]} is given twice: name each folder once")
-    names = [name_of(path) for path in paths]
-    labels = [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
+    labels = _labels(whole)
     several = [
         Measurement(label, place, *_read(path)) for place, (label, path) in enumerate(zip(labels, paths, strict=True))
     ]
@@ -161,6 +166,16 @@ def read_measurements(folders: Sequence[str]) -> list[Measurement]:
         told = ", ".join(f"{one.label} has {one.measured.plan.threshold}" for one in several)
         raise UsageError(f"d90 compare only under one threshold, but {told}")
     return several
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """The name of each folder; of those that share one, the path without the folders that they share too."""
+    found = []
+    for path in paths:
+        alike = [other for other in paths if other.name == path.name]
+        shared = Path(os.path.commonpath([other.parent for other in alike])) if len(alike) > 1 else path.parent
+        found.append(path.relative_to(shared).as_posix())
+    return found
 
 
 def _read(folder: Path) -> tuple[Measured, Told]:

@@ -66,7 +66,8 @@ def read_run(path: Path) -> RunFolder:
         raise UsageError(f"{path} {what}, but must be a run folder (what `trimtab train --out` writes)")
     config = path / "config.yaml"
     if not any((path / name).is_file() for name in ("config.yaml", "metrics.jsonl", "result.json")):
-        raise UsageError(f"{path} has no config.yaml and no metrics.jsonl, so it is not a run folder")
+        own = "; a measurement has a page of its own, written with it" if (path / "results.json").exists() else ""
+        raise UsageError(f"{path} has no config.yaml and no metrics.jsonl, so it is not a run folder{own}")
     values: dict[str, Any] = {}
     config_text = _read_text(config) or ""
     if config.is_file():

@@ -193,7 +193,10 @@ def _stored(folder: Path, *, repair: bool = True) -> dict[Run, Outcome]:
     found = {}
     for number, line in whole_lines(folder / RUNS, repair=repair):
         try:
-            found[Run(**line["run"])] = Outcome(**line["outcome"])
+            run, outcome = Run(**line["run"]), Outcome(**line["outcome"])
+            if not all(isinstance(value, int | float) for value in (run.d or 0, *run[1:], *vars(outcome).values())):
+                raise TypeError("a value is no number")
+            found[run] = outcome
         except (TypeError, KeyError) as error:
             raise FormatError(f"{folder / RUNS} line {number} is no run of a search: empty {folder}") from error
     return found

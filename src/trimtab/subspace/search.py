@@ -45,8 +45,9 @@ class Plan:
     """How a search goes.
 
     seeds: how many, at least 2 for an interval. resolution: the search ends with a bracket whose ends are at most this
-    ratio apart. start: the first d; by default √D. factor: by which d is raised, or lowered, until the threshold lies
-    between two of them. grid: exactly these d instead of a search.
+    ratio apart; those of an interval of three seeds are 1.1 to 1.9 apart on MNIST. start: the first d; by default √D.
+    factor: by which d is raised, or lowered, until the threshold lies between two of them: 4 crosses the six decades of
+    a large model in ten steps. grid: exactly these d instead of a search.
     lr: of training all parameters. lr_scale: sqrt multiplies it by √(D/d) in a subspace, since with unit columns a
     step of Adam moves θ by lr √d and not by lr √D; none leaves it as the papers do. rates: multiples of it to choose
     from, with a seed of its own. rates_at: each d has a choice of its own, or what is best at

@@ -14,13 +14,13 @@ from trimtab.adapt.select import adaptable, base_modules
 from trimtab.subspace.draws import GENERATOR
 from trimtab.subspace.layers import layer_groups
 from trimtab.subspace.offsets import groups_of
-from trimtab.subspace.problem import Problem, Protocol
 from trimtab.subspace.projection import make_projection
 from trimtab.subspace.runs import Trainer
 from trimtab.subspace.search import Judged
 from trimtab.subspace.sentences import SentenceTrainer, Setting
 from trimtab.subspace.trainers import about_problem, problem_trainer
 from trimtab.tasks.digests import config_digest, model_digest
+from trimtab.tasks.problem import Problem, Protocol
 
 log = logging.getLogger("trimtab")
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from trimtab.subspace.draws import GENERATOR
-from trimtab.subspace.problem import Problem, Protocol
 from trimtab.subspace.projection import make_projection
 from trimtab.subspace.runs import Run, Trainer
 from trimtab.subspace.training import Outcome, train
+from trimtab.tasks.problem import Problem, Protocol
 
 
 def problem_trainer(

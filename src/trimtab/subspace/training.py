@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import UsageError
-from trimtab.subspace.problem import Problem, Protocol, Split, stream
+from trimtab.tasks.problem import Problem, Protocol, Split, seed_for
 
 if TYPE_CHECKING:
     from trimtab.subspace.projection import Projection
@@ -66,14 +66,15 @@ def train(
 
     subspace: P, made for `problem.sizes`; θ_d starts at 0 and alone is trained. None: all D parameters are.
     protocol: by default the problem's own. lr: in place of the protocol's. L2 is of the full θ in both cases.
-    on_epoch(epochs done, mean loss of the epoch). Raises UsageError for a projection of another net.
+    on_epoch(epochs done, mean loss of the epoch). Raises UsageError for a projection of another net, and for a net
+    without trainable parameters.
     """
     protocol = protocol or problem.defaults
     rate = protocol.lr if lr is None else lr
     run = _Run(problem, protocol, seed, subspace)
     first_loss = run.mean_loss()
     optimizer = optimizer_for(protocol, run.trained, rate)
-    order = torch.Generator().manual_seed(stream(seed, "order"))
+    order = torch.Generator().manual_seed(seed_for(seed, "order"))
     begun, steps = time.perf_counter(), 0
     for epoch in range(1, protocol.epochs + 1):
         total = 0.0
@@ -132,17 +133,18 @@ class _Run:
     """
 
     def __init__(self, problem: Problem, protocol: Protocol, seed: int, subspace: Projection | None) -> None:
-        if subspace is not None and tuple(subspace.sizes) != problem.sizes:
+        sizes = problem.sizes
+        if subspace is not None and tuple(subspace.sizes) != sizes:
             raise UsageError(
-                f"the projection is for tensors of {tuple(subspace.sizes)} entries, but {problem.name} has "
-                f"{problem.sizes}: make it with the problem's sizes"
+                f"the projection is for tensors of {tuple(subspace.sizes)} entries, but {problem.name} has {sizes}: "
+                "make it with the problem's sizes"
             )
         self.problem, self.subspace = problem, subspace
         self.net = problem.make_model(seed)
         self.parameters = [p for p in self.net.parameters() if p.requires_grad]
         self.start = torch.cat([p.detach().reshape(-1) for p in self.parameters])
         self.theta = self.start.clone()
-        views = torch.split(self.theta, list(problem.sizes))
+        views = torch.split(self.theta, list(sizes))
         for parameter, view in zip(self.parameters, views, strict=True):
             parameter.data = view.view_as(parameter)
         self.trained = nn.Parameter(self.theta if subspace is None else torch.zeros(subspace.d))

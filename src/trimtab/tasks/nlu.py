@@ -61,6 +61,7 @@ class Classification(Task):
             object.__setattr__(self, "classes", self.classes or fixed)
 
     def file(self, split: str) -> str:
+        """UsageError for a split there is not, and for `classification`, which has no files of its own."""
         if self.name not in KNOWN:
             raise UsageError(f"task '{self.name}' has no files of its own: name yours with --data FILE")
         splits = KNOWN[self.name].splits
@@ -69,19 +70,26 @@ class Classification(Task):
         return f"nlu/{self.name}.{split}.tsv.gz"
 
     def path(self, split: str = "test", data: str | Path | None = None, *, flag: str = "--data") -> Path:
-        """The file of a split; data may also be a file itself, which is then taken for the split."""
+        """The file of a split; data may also be a file itself, which is then taken for the split.
+
+        UsageError for what is not there.
+        """
         named = Path(data or os.environ.get(VARIABLE) or "").expanduser()
         if data and not named.exists():
             raise UsageError(f"{flag} names {named}, and there is no such file or folder")
         return named if named.is_file() else super().path(split, data, flag=flag)
 
     def read(self, path: Path) -> tuple[Sentences, ...]:
-        """Every class must have a row."""
+        """The items of a file; see `rows` for what is refused."""
         rows = self.rows(path)
         return self.items_of(rows, self.classes or class_names(rows, path.name))
 
     def rows(self, path: Path, limit: int | None = None) -> tuple[LabelledRow, ...]:
-        """The rows of a file, checked: of the task's shape and classes, with each class there."""
+        """The rows of a file: of the task's shape and classes, with each class there.
+
+        limit: at most so many, from the first. UsageError for rows of another shape, another class or a class without
+        a row; FormatError for a file that is no table of such rows.
+        """
         rows = read_labelled(path, limit=limit)
         if self.name in KNOWN and KNOWN[self.name].pairs != (rows[0].second is not None):
             needs = "pairs of sentences" if KNOWN[self.name].pairs else "single sentences"

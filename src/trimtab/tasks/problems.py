@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from trimtab.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    from trimtab.subspace.problem import Problem
+    from trimtab.tasks.problem import Problem
 
 PROBLEMS: dict[str, str] = {
     "toy": "1000 parameters in 10 groups, group i to sum to i: dimension 10 by construction; seconds, no data",

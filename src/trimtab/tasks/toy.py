@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from trimtab.subspace.problem import SPLITS, Problem, Protocol, Split, stream
+from trimtab.tasks.problem import SPLITS, Problem, Protocol, Split, seed_for
 
 GROUPS, MEMBERS = 10, 100
 
@@ -22,7 +22,7 @@ class Groups(nn.Module):
     def __init__(self, seed: int) -> None:
         super().__init__()
         size = GROUPS * MEMBERS
-        start = torch.randn(size, generator=torch.Generator().manual_seed(stream(seed, "start")))
+        start = torch.randn(size, generator=torch.Generator().manual_seed(seed_for(seed, "start")))
         self.theta = nn.Parameter(start / math.sqrt(size))
 
     def forward(self, inputs: Tensor) -> Tensor:

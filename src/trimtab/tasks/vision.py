@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trimtab.errors import FormatError, UsageError
-from trimtab.subspace.problem import Problem, Protocol, Split, stream
 from trimtab.tasks.idx import mnist_folder, read_pair
+from trimtab.tasks.problem import Problem, Protocol, Split, seed_for
 
 CLASSES = 10
 VALIDATION = 10_000
@@ -89,7 +89,7 @@ def mnist(
     if border < 1:
         raise UsageError(f"{folder} has {len(targets)} training images, of which {VALIDATION} would be for validation")
     kept = max(1, round(border * share))
-    generator = torch.Generator().manual_seed(stream(shuffle_seed, f"shuffled {shuffle}"))
+    generator = torch.Generator().manual_seed(seed_for(shuffle_seed, f"shuffled {shuffle}"))
     if shuffle == "pixels":
         order = torch.randperm(inputs.shape[1], generator=generator)
         inputs, test_inputs = inputs[:, order], test_inputs[:, order]
@@ -115,7 +115,7 @@ def digits(*, hidden: int = 32) -> Problem:
     """
     _at_least_one(hidden=hidden)
     table = _digits_table()
-    order = torch.randperm(len(table), generator=torch.Generator().manual_seed(stream(0, "digits")))
+    order = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed_for(0, "digits")))
     inputs, targets = table[order, :-1] / 16, table[order, -1].long()
     train, validation, test = (
         Split(f"{len(part)} of scikit-learn's digits", inputs[part], targets[part])
@@ -211,7 +211,7 @@ def he_normal(net: nn.Sequential, seed: int) -> nn.Sequential:
     He et al. 2015, arXiv 1502.01852.
     """
     net = net.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(stream(seed, "start"))
+    generator = torch.Generator().manual_seed(seed_for(seed, "start"))
     for parameter in net.parameters():
         if parameter.ndim > 1:
             fan_in = parameter[0].numel()

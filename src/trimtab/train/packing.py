@@ -82,8 +82,8 @@ def packing_of(
     """
     if loss is not causal_loss:
         if wanted not in ("auto", "pad"):
-            raise UsageError(f"packing '{wanted}' is for the loss of causal models: a loss of your own takes 'pad'")
-        return PAD if wanted == "pad" else dataclasses.replace(PAD, reason="a loss of your own reads padded batches")
+            raise UsageError(f"packing '{wanted}' is for the loss of causal models: another loss takes 'pad'")
+        return PAD if wanted == "pad" else dataclasses.replace(PAD, reason="this loss is of padded batches")
     longest = max((len(example.input_ids) for example in examples), default=0)
     packing = PAD if wanted == "pad" else _exact(model, wanted, longest, dropout)
     if packing.name == "pad":

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from trimtab.errors import UsageError
-from trimtab.subspace.problem import Protocol, stream
+from trimtab.tasks.problem import Protocol, seed_for
 from trimtab.tasks.problems import PROBLEMS, make_problem
 from trimtab.tasks.toy import squared_error
 
@@ -26,11 +26,11 @@ def test_every_wrong_value_of_a_protocol_is_told_at_once():
 
 
 def test_streams_of_one_seed_differ_by_purpose_and_repeat():
-    assert stream(3, "start") == stream(3, "start")
-    assert len({stream(seed, purpose) for seed in range(20) for purpose in ("start", "order")}) == 40
-    torch.Generator().manual_seed(stream(2**40, "start"))  # fits what torch takes
+    assert seed_for(3, "start") == seed_for(3, "start")
+    assert len({seed_for(seed, purpose) for seed in range(20) for purpose in ("start", "order")}) == 40
+    torch.Generator().manual_seed(seed_for(2**40, "start"))  # fits what torch takes
     with pytest.raises(UsageError, match="at least 0"):
-        stream(-1, "start")
+        seed_for(-1, "start")
 
 
 def test_an_unknown_problem_is_refused_with_the_nearest_name():
@@ -48,7 +48,7 @@ def test_an_option_a_problem_does_not_have_is_refused():
 
 
 def test_the_list_of_problems_needs_no_torch():
-    code = "import sys, trimtab.tasks.problems, trimtab.subspace.problem; sys.exit('torch' in sys.modules)"
+    code = "import sys, trimtab.tasks.problems, trimtab.tasks.problem; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

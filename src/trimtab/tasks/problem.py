@@ -116,8 +116,14 @@ class Problem:
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        """Entries of each trainable tensor of the net, in the order of its parameters, as a projection takes them."""
-        return tuple(p.numel() for p in self.make_model(0).parameters() if p.requires_grad)
+        """Entries of each trainable tensor of the net, in the order of its parameters, as a projection takes them.
+
+        UsageError for a net without any.
+        """
+        found = tuple(p.numel() for p in self.make_model(0).parameters() if p.requires_grad)
+        if not sum(found):
+            raise UsageError(f"{self.name} has no trainable parameters, so there is no dimension to measure")
+        return found
 
     @property
     def D(self) -> int:
@@ -125,7 +131,7 @@ class Problem:
         return sum(self.sizes)
 
 
-def stream(seed: int, purpose: str) -> int:
+def seed_for(seed: int, purpose: str) -> int:
     """A seed of its own for each purpose (start, order, ...) of one seed, so that their draws are independent.
 
     UsageError for a seed below 0.
