@@ -19,6 +19,8 @@ D = 100_000
 def train(
     run: Run, *, d90: float, notes: Path | None, seconds: float, baseline: float, diverges: bool, paired: bool
 ) -> Outcome:
+    if run.d == 0:
+        return Outcome(run.seed, 0, run.lr, 0.1, 0.1, 0.1, 2.0, 2.0, 0.0, 0, diverged=False)
     if notes is not None:
         with notes.open("a") as file:
             file.write(f"{run.d} {run.seed} {os.getpid()}\n")

@@ -34,7 +34,9 @@ class DimensionFlags:
     layers: Literal["block", "tensor"] = option("block", "what has a λ of its own with --mode said")
     random_weights: bool = option(False, "with --model: the same architecture, not pretrained, as a control")
     rows: int | None = option(None, "with --model: at most so many rows to train on, drawn once")
-    test_rows: int | None = option(None, "with --model: at most so many rows to score on, drawn once")
+    test_rows: int | None = option(
+        None, "with --model: at most so many rows to score on, of the test and of the validation split, drawn once"
+    )
     width: int | None = option(None, "of mnist-fc's hidden layers")
     depth: int | None = option(None, "how many hidden layers mnist-fc has")
     shuffle: Literal["none", "pixels", "labels"] = option("none", "of MNIST: a control")
@@ -78,7 +80,12 @@ class DimensionFlags:
 
 SENTENCES_ONLY = ("test_data", "random_weights", "rows", "test_rows", "mode", "layers")
 PROBLEMS_ONLY = ("width", "depth", "l2", "shuffle")
-MNIST_ONLY = {"width": ("mnist-fc",), "depth": ("mnist-fc",), "shuffle": ("mnist-fc", "mnist-lenet")}
+OF_SOME = {
+    "width": ("mnist-fc",),
+    "depth": ("mnist-fc",),
+    "shuffle": ("mnist-fc", "mnist-lenet"),
+    "l2": ("digits", "mnist-fc", "mnist-lenet"),
+}
 """Flags that are of some problems alone."""
 
 
@@ -120,9 +127,9 @@ def _refuse_task(flags: DimensionFlags) -> None:
         raise UsageError(f"{why}: with a model --task is {', '.join(KNOWN)} or a file of sentences with their labels")
     if not is_of_model(flags) and (own or task in KNOWN):
         raise UsageError(f"{task} is for a pretrained model to learn: name one with --model")
-    foreign = [name for name in changed if name in MNIST_ONLY and task not in MNIST_ONLY[name] and task in PROBLEMS]
+    foreign = [name for name in changed if name in OF_SOME and task not in OF_SOME[name] and task in PROBLEMS]
     if foreign:
-        raise UsageError(f"--{foreign[0]} is for {' and '.join(MNIST_ONLY[foreign[0]])}, not for {task}")
+        raise UsageError(f"--{foreign[0]} is for {' and '.join(OF_SOME[foreign[0]])}, not for {task}")
 
 
 def is_of_model(flags: DimensionFlags) -> bool:

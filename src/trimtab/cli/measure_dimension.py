@@ -236,6 +236,7 @@ def _measured(flags: DimensionFlags, subject: Subject, plan: Plan, screen: Scree
                     scored=subject.scored,
                     chosen=subject.chosen,
                     least=subject.least,
+                    most=subject.most,
                     at=at,
                 )
             except KeyboardInterrupt as stop:

@@ -20,6 +20,7 @@ from trimtab.report.dimension_results import (
 )
 from trimtab.report.direction_tables import Table
 from trimtab.report.template import filled
+from trimtab.subspace.crossing import Threshold
 
 SUBJECT = frozenset(
     (
@@ -73,24 +74,26 @@ def comparison_sentences(several: Sequence[Measurement]) -> list[str]:
     found = sorted((one for one in several if one.found), key=lambda one: one.measured.crossing.d)
     without = "; ".join(f"{one.label} {told(one.measured)}" for one in several if not one.found)
     if not found:
-        said = [f"None has a d90 within the d that were tried, the threshold of each being {threshold}: {without}"]
+        what = "an intrinsic dimension" if threshold.mode == "absolute" else f"a {threshold.dimension}"
+        said = [f"None has {what} within the d that were tried, the threshold of each being {threshold}: {without}"]
         return said + _cautions(several)
-    said = _least_and_largest(found, f"the threshold of each is {threshold}")
+    said = _least_and_largest(found, threshold)
     if without:
-        said.append(f"Without a d90 within the d that were tried: {without}")
+        said.append(f"Without one within the d that were tried: {without}")
     return said + _cautions(several)
 
 
-def _least_and_largest(found: Sequence[Measurement], threshold: str) -> list[str]:
+def _least_and_largest(found: Sequence[Measurement], threshold: Threshold) -> list[str]:
     """Of measurements with a d90, the least first."""
     least, most = found[0], found[-1]
+    name = threshold.dimension.replace("the", "The")
     if len(found) == 1:
-        return [f"d90 of {least.label} is {told(least.measured)}; {threshold}"]
-    said = f"d90 is least for {least.label}, {told(least.measured)}, and largest for {most.label}, "
+        return [f"{name} of {least.label} is {told(least.measured)}; the threshold of each is {threshold}"]
+    said = f"{name} is least for {least.label}, {told(least.measured)}, and largest for {most.label}, "
     apart = "The intervals of the two meet, so these runs do not say which is larger"
     if least.bounds[1] < most.bounds[0]:
         apart = "The intervals of the two are apart"
-    return [f"{said}{told(most.measured)}; {threshold}", apart]
+    return [f"{said}{told(most.measured)}; the threshold of each is {threshold}", apart]
 
 
 def _cautions(several: Sequence[Measurement]) -> list[str]:
@@ -100,7 +103,7 @@ def _cautions(several: Sequence[Measurement]) -> list[str]:
     otherwise = [name for name, values in _entries(several).items() if name not in SUBJECT and len(set(values)) > 1]
     if otherwise:
         names = ", ".join(name.replace("_", " ") for name in otherwise)
-        said.append(f"They were not trained alike ({names}): d90 depends on that too, whatever else differs")
+        said.append(f"They were not trained alike ({names}): the dimension depends on that too, whatever else differs")
     few = [one.label for one in several if one.measured.plan.seeds < 3]
     if few:
         said.append(f"Fewer than 3 seeds make no interval, or a very wide one: {', '.join(few)}")
@@ -114,15 +117,20 @@ def _cautions(several: Sequence[Measurement]) -> list[str]:
 
 def comparison_table(several: Sequence[Measurement | Unmeasured]) -> Table:
     """A row of text for every measurement, and for what could not be measured."""
-    head = ("", "of", "D", "d90", "baseline", "threshold", "chance", "first d", "gap at first d", "√(first d/n)")
+    name = next((one.measured.plan.threshold.dimension for one in several if isinstance(one, Measurement)), "d90")
+    name = name.removeprefix("the ")
+    levels = ("baseline", "threshold", "untrained", "chance")
+    head = ("", "of", "D", name, *levels, "first d", "gap at first d", "√(first d/n)")
     return Table("", head, [_row(one) for one in several])
 
 
 def _row(one: Measurement | Unmeasured) -> Sequence[str]:
     if isinstance(one, Unmeasured):
-        return one.label, one.title, f"{one.D:,}", f"not measured: {one.reason}", *6 * (ABSENT,)
+        return one.label, one.title, f"{one.D:,}", f"not measured: {one.reason}", *7 * (ABSENT,)
     measured = one.measured
-    scores = (f"{score:.4f}" for score in (one.measured.mean_baseline, measured.crossing.threshold, measured.chance))
+    start = None if measured.start is None else sum(measured.start) / len(measured.start)
+    known = (measured.mean_baseline, measured.crossing.threshold, start, measured.chance)
+    scores = (ABSENT if level is None else f"{level:.4f}" for level in known)
     own = (one.label, one.about.title, f"{measured.D:,}", told(measured), *scores)
     if measured.gap is None or one.bound is None:
         return *own, ABSENT, ABSENT, ABSENT
@@ -138,8 +146,8 @@ def comparison_results(several: Sequence[Measurement]) -> dict[str, Any]:
 def write_comparison(several: Sequence[Measurement], out: Path) -> Path:
     """Write results.json and report.html of measurements side by side into a folder; returns the page."""
     caption = (
-        "A dot is d90, a line its 95 % bootstrap interval; where that is open, it ends with the d that were tried. An "
-        "arrow: there is no d90 within the d that were tried."
+        "A dot is the intrinsic dimension, a line its 95 % interval; where that is open, it ends with the d that were "
+        "tried. An arrow: it is not within the d that were tried."
     )
     rows = [(dimension_by_row(several, "rows"), caption)] if any(one.found for one in several) else []
     write_whole(out / RESULTS, as_json(comparison_results(several)))
@@ -158,8 +166,8 @@ def write_series(series: Sequence[Measurement | Unmeasured], title: str, axis: s
     """Write a series' results.json and report.html into a folder; returns the page. axis: what its places are."""
     write_whole(out / RESULTS, as_json(series_results(series, title)))
     caption = (
-        "Lines are 95 % bootstrap intervals. A checkpoint without a point has no d90 within the d tried, or was not "
-        "measured."
+        "Lines are 95 % intervals. A checkpoint without a point has no intrinsic dimension within the d tried, or was "
+        "not measured."
     )
     lead = f"One downstream task, learned from each of {len(series)} checkpoints of one pretraining."
     figures, known = [], _measured(series)
@@ -205,12 +213,12 @@ def _relations(several: Sequence[Measurement]) -> list[tuple[str, str]]:
         image = dimension_against(
             several, lambda one: one.measured.D, "all parameters, D", "parameters", logarithmic=True
         )
-        made.append((image, "d90 against the number of parameters. Both scales are logarithmic."))
+        made.append((image, "The intrinsic dimension against the number of parameters. Both scales are logarithmic."))
     if len({one.measured.mean_baseline for one in found}) > 1 and len(metrics) == 1:
         image = dimension_against(
             several, lambda one: one.measured.mean_baseline, f"{metrics[0]} of the baseline", "baseline"
         )
-        made.append((image, "d90 against what training all parameters reaches."))
+        made.append((image, "The intrinsic dimension against what training all parameters reaches."))
     gaps = [(one.label, one.bound, one.measured.gap) for one in several]
     known = [(label, bound, gap) for label, bound, gap in gaps if bound is not None and gap is not None]
     if known and {one.about.metric for one in several} == {"accuracy"}:

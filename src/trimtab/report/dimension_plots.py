@@ -50,7 +50,7 @@ def accuracy_by_dimension(measured: Measured, metric: str, name: str) -> str:
         axes.axhline(measured.mean_baseline, color=INK, linewidth=1.0, label="all parameters")
         axes.axhline(found.threshold, color=INK, linewidth=1.0, linestyle=DASHED, label="threshold")
         axes.axhline(measured.chance, color=MUTED, linewidth=1.0, linestyle=":", label="chance")
-        if 0 < found.d < math.inf:
+        if found.found == "within":
             axes.axvspan(max(found.low, ds[0]), min(found.high, ds[-1]), color=SECOND, alpha=0.2, linewidth=0)
             axes.axvline(found.d, color=SECOND, linewidth=1.4, label="intrinsic dimension")
         axes.set_xscale("log")

@@ -71,7 +71,7 @@ class Measurement(NamedTuple):
     @property
     def found(self) -> bool:
         """Whether d90 lies within the d that were tried."""
-        return 0 < self.measured.crossing.d < math.inf
+        return self.measured.crossing.found == "within"
 
     @property
     def span(self) -> tuple[float, float]:
@@ -164,7 +164,7 @@ def read_measurements(folders: Sequence[str]) -> list[Measurement]:
     ]
     if len({one.measured.plan.threshold for one in several}) > 1:
         told = ", ".join(f"{one.label} has {one.measured.plan.threshold}" for one in several)
-        raise UsageError(f"d90 compare only under one threshold, but {told}")
+        raise UsageError(f"intrinsic dimensions compare only under one threshold, but {told}")
     return several
 
 
@@ -204,17 +204,13 @@ def told(measured: Measured) -> str:
         said = f"above {largest:,}, the largest d tried"
         if largest == measured.D:
             said = "not reached at any d tried, D included, at these learning rates"
-        return f"{said}; from {_number(found.low)} on by its interval" if several and 0 < found.low < math.inf else said
+        return f"{said}; from {found.low:,.0f} on by its interval" if several and 0 < found.low < math.inf else said
     if found.d == 0:
         said = f"at most {smallest:,}, the smallest d tried"
-        return f"{said}; up to {_number(found.high)} by its interval" if several and 0 < found.high < math.inf else said
-    low = _number(found.low) if found.low > 0 else f"below {smallest:,}"
-    high = _number(found.high) if found.high < math.inf else f"above {largest:,}"
-    return f"{_number(found.d)} [{low}, {high}]" if several else _number(found.d)
-
-
-def _number(d: float) -> str:
-    return f"{d:,.0f}" if d >= 100 else f"{d:.3g}"
+        return f"{said}; up to {found.high:,.0f} by its interval" if several and 0 < found.high < math.inf else said
+    low = f"{found.low:,.0f}" if found.low > 0 else f"below {smallest:,}"
+    high = f"{found.high:,.0f}" if found.high < math.inf else f"above {largest:,}"
+    return f"{found.d:,.0f} [{low}, {high}]" if several else f"{found.d:,.0f}"
 
 
 def count(number: int, what: str) -> str:
@@ -225,12 +221,13 @@ def count(number: int, what: str) -> str:
 def sentences(measured: Measured, about: Told) -> list[str]:
     """What was found and what it is good for."""
     found, plan = measured.crossing, measured.plan
-    name, bracketed = plan.threshold.dimension, 0 < found.d < math.inf and plan.seeds > 1
-    seeds = count(plan.seeds, "seed") + (", a 95 % bootstrap interval in brackets" if bracketed else "")
+    name, bracketed = plan.threshold.dimension, found.found == "within" and plan.seeds > 1
+    start = "" if measured.start is None else f", θ0 at {sum(measured.start) / len(measured.start):.4g} untrained"
+    seeds = count(plan.seeds, "seed") + (", a 95 % interval in brackets" if bracketed else "")
     said = [
         f"{name.replace('the', 'The')} of {about.title} is {told(measured)}, with D = {measured.D:,} parameters and "
         f"{seeds}: where {about.metric} on {about.split} reaches {found.threshold:.4g}{_of_what(plan.threshold)}, with "
-        f"the baseline at {measured.mean_baseline:.4g} and chance at {measured.chance:.4g}",
+        f"the baseline at {measured.mean_baseline:.4g}{start} and chance at {measured.chance:.4g}",
         protocol_sentence(measured, about),
     ]
     said += [chosen for chosen in [choice(measured)] if chosen]
@@ -244,7 +241,7 @@ def sentences(measured: Measured, about: Told) -> list[str]:
         said.append("2 seeds make an interval that is very wide: take 3 or more")
     if measured.diverged:
         said.append(f"Diverged in subspaces, and counted with the score at the end: {count(measured.diverged, 'run')}")
-    if 0 < found.d < math.inf:
+    if found.found == "within":
         said += _budget(found.d, name, about.features)
     return said
 
@@ -317,9 +314,11 @@ def _budget(d: float, name: str, features: tuple[int, int] | None) -> list[str]:
 
 
 def result(measured: Measured, about: Told) -> dict[str, Any]:
-    """Everything as plain values, for JSON. gap: the generalisation gap at the first d above the threshold."""
+    """Everything as plain values, for JSON. found: where d90 is, within the d tried or not (`Crossing.found`). gap: the
+    generalisation gap at the first d above the threshold."""
     return {
         **dataclasses.asdict(about),
+        "found": measured.crossing.found,
         **measured.to_dict(),
         "gap": measured.gap,
         "sentences": sentences(measured, about),

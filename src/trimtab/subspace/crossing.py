@@ -2,8 +2,8 @@
 
 Accuracy rises with d but for noise, so it is fitted by the nearest non-decreasing values (isotonic regression, Barlow
 et al. 1972) over the mean of the seeds; between two d the fit is a logistic curve in log d through both, and d90 is
-where it meets the threshold. Beside it stands the rule of Li et al. 2018 (arXiv 1804.08838): the smallest d that was
-tried whose mean is above it.
+the least whole d at which it reaches the threshold. Beside it stands the rule of Li et al. 2018 (arXiv 1804.08838): the
+smallest d that was tried whose mean is above it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ DRAWS, LEVEL = 2000, 0.95
 """Draws of the bootstrap, and the share of them that an interval holds: the ends stand on 50 draws each."""
 EDGE = 1e-4
 """How near to 0 and 1 an accuracy is taken to be, at most: the logistic curve reaches neither."""
+EQUAL = 1e-6
+"""Accuracies that are nearer than this are the same: rounding apart, where the threshold is all of a baseline's."""
 
 GRIDS: dict[str, tuple[int, ...]] = {
     "li2018": (10, 50, 100, 200, 300, *range(350, 801, 25), 850, 900, 1000, 1250, 1500),
@@ -68,9 +70,9 @@ class Threshold:
 class Crossing:
     """d: where the fit meets the threshold; 0 where the smallest d tried is above it, infinite where none is.
 
-    low, high: the ends of its bootstrap interval, on the same scale; both d where there is one seed, which has none.
-    first: the first d whose mean is above, by the paper's rule; None where none is. fitted: (d, accuracy) of the fit.
-    threshold: in accuracy.
+    low, high: the ends of its interval, on the same scale; both d where there is one seed, which has none. first: the
+    first d whose mean is above, by the paper's rule; None where none is. fitted: (d, accuracy) of the fit. threshold:
+    in accuracy.
     """
 
     d: float
@@ -79,6 +81,11 @@ class Crossing:
     first: int | None
     fitted: tuple[tuple[int, float], ...]
     threshold: float
+
+    @property
+    def found(self) -> str:
+        """Where d90 is: "within" the d that were tried, "at most" the smallest of them, or "above" the largest."""
+        return "within" if 0 < self.d < math.inf else "above" if self.d else "at most"
 
 
 def crossing(
@@ -90,7 +97,8 @@ def crossing(
     have the same number. The seeds are weighted by random numbers (Wu 1986, "Jackknife, Bootstrap and Other Resampling
     Methods in Regression Analysis") whose scale is Student's, so that the interval of a single mean is Student's:
     drawing three seeds with replacement gives all three alike once in nine times, and intervals that hold the truth
-    three times in four instead of nineteen in twenty. Raises UsageError for no scores.
+    three times in four instead of nineteen in twenty. It reaches at least from the d that was tried below d90 to the
+    one above: how accuracy rises between the two is not known, whatever the seeds say. Raises UsageError for no scores.
     """
     if not scores or not baseline or not all(scores.values()):
         raise UsageError("there are no runs to find an intrinsic dimension in")
@@ -100,10 +108,19 @@ def crossing(
     means = np.array([run.mean() for run in runs])
     fitted = isotonic(means, np.array([len(run) for run in runs], dtype=float))
     found = _meeting(ds, fitted, wanted)
-    ends = np.quantile(_drawn(ds, runs, base, threshold, seed), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="nearest")
+    low = high = found
+    if len(base) > 1 or max(map(len, runs)) > 1:
+        draws, (below, above) = _drawn(ds, runs, base, threshold, seed), _neighbours(ds, found)
+        ends = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="nearest")
+        low, high = float(min(ends[0], below)), float(max(ends[1], above))
     first = next((int(d) for d, value in zip(ds, means, strict=True) if value > wanted), None)
     pairs = tuple((int(d), float(value)) for d, value in zip(ds, fitted, strict=True))
-    return Crossing(found, float(min(ends[0], found)), float(max(ends[1], found)), first, pairs, wanted)
+    return Crossing(found, low, high, first, pairs, wanted)
+
+
+def reaches(score: float, wanted: float) -> bool:
+    """Whether a score is at the threshold, or above it."""
+    return score >= wanted - EQUAL
 
 
 def isotonic(values: Numbers, weights: Numbers) -> Numbers:
@@ -120,15 +137,25 @@ def isotonic(values: Numbers, weights: Numbers) -> Numbers:
 
 
 def _meeting(ds: NDArray[np.int64], fitted: Numbers, wanted: float) -> float:
-    above = np.flatnonzero(fitted >= wanted)
+    above = np.flatnonzero(fitted >= wanted - EQUAL)
     if not len(above):
         return math.inf
     at = int(above[0])
     if at == 0:
         return 0.0
     low, high, goal = (_logit(value) for value in (fitted[at - 1], fitted[at], wanted))
-    share = (goal - low) / (high - low) if high > low else 1.0
-    return float(math.exp((1 - share) * math.log(ds[at - 1]) + share * math.log(ds[at])))
+    share = min((goal - low) / (high - low), 1.0) if high > low else 1.0
+    d = math.exp((1 - share) * math.log(ds[at - 1]) + share * math.log(ds[at]))
+    return float(min(max(math.ceil(d), ds[at - 1] + 1), ds[at]))
+
+
+def _neighbours(ds: NDArray[np.int64], found: float) -> tuple[float, float]:
+    """Between which d90 is whatever the fit between two d: the first above the d tried below it, and the d tried above
+    it. Where it is beyond the d tried, itself."""
+    if not 0 < found < math.inf:
+        return found, found
+    at = int(np.searchsorted(ds, found))
+    return float(ds[at - 1] + 1), float(ds[at])
 
 
 def _logit(accuracy: float) -> float:

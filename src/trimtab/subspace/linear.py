@@ -38,6 +38,11 @@ class Projection(abc.ABC):
         self.columns, self.cache_bytes = d if columns is None else columns, cache_bytes
         problems_to_error(self.problems(), f"projection {self.name}")
 
+    @classmethod
+    def most(cls, sizes: Sequence[int]) -> int:
+        """The largest d that there is room for."""
+        return sum(sizes)
+
     def problems(self) -> list[str]:
         """What is wrong with the values given."""
         if not self.sizes or min(self.sizes) < 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import functools
 import math
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -22,7 +23,7 @@ class KeptMatrix(Projection):
 
     def problems(self) -> list[str]:
         found = super().problems()
-        size = 0 if found else self.bytes()
+        size = 0 if found else self.d * self.column_bytes(self.sizes)
         if size > MATRIX_BYTES:
             found.append(
                 f"its matrix of {self.D:,} × {self.d:,} would take {size / 2**30:,.1f} GiB, above the limit of "
@@ -30,9 +31,14 @@ class KeptMatrix(Projection):
             )
         return found
 
+    @classmethod
+    def most(cls, sizes: Sequence[int]) -> int:
+        return min(sum(sizes), int(MATRIX_BYTES / cls.column_bytes(sizes)))
+
+    @classmethod
     @abc.abstractmethod
-    def bytes(self) -> int:
-        """About how many bytes the matrix takes."""
+    def column_bytes(cls, sizes: Sequence[int]) -> float:
+        """About how many bytes a column of the matrix takes."""
 
     @abc.abstractmethod
     def _draw(self) -> Drawn:
@@ -51,8 +57,9 @@ class Dense(KeptMatrix):
 
     name = "dense"
 
-    def bytes(self) -> int:
-        return 4 * self.D * self.d
+    @classmethod
+    def column_bytes(cls, sizes: Sequence[int]) -> float:
+        return 4 * sum(sizes)
 
     def _draw(self) -> Drawn:
         """Pᵀ [d, D], fp32."""
@@ -81,17 +88,19 @@ class Sparse(KeptMatrix):
     name = "sparse"
     bytes_an_entry: ClassVar[int] = 20
 
-    def parts(self) -> tuple[int, ...]:
+    @staticmethod
+    def parts(sizes: Sequence[int]) -> tuple[int, ...]:
         """Entries of each part that has a density of its own."""
-        return self.sizes
+        return tuple(sizes)
 
-    def bytes(self) -> int:
-        return int(self.bytes_an_entry * self.d * sum(map(math.sqrt, self.parts())))
+    @classmethod
+    def column_bytes(cls, sizes: Sequence[int]) -> float:
+        return cls.bytes_an_entry * sum(map(math.sqrt, cls.parts(sizes)))
 
     def _draw(self) -> Drawn:
         """Rows and columns (int64) and values (fp32) of the entries."""
         rows, columns, values, first = [], [], [], 0
-        for number, size in enumerate(self.parts()):
+        for number, size in enumerate(self.parts(self.sizes)):
             generator = stream(self.seed, self.name, number)
             places = chosen(size * self.columns, size**-0.5, generator)
             sign = signs(len(places), generator)
@@ -135,5 +144,6 @@ class SparseGlobal(Sparse):
 
     name = "sparse-global"
 
-    def parts(self) -> tuple[int, ...]:
-        return (self.D,)
+    @staticmethod
+    def parts(sizes: Sequence[int]) -> tuple[int, ...]:
+        return (sum(sizes),)

@@ -60,6 +60,11 @@ def make_projection(
     return _CLASSES[name](sizes, d, seed, **options)
 
 
+def most_dimensions(name: str, sizes: Sequence[int]) -> int:
+    """The largest d of a projection of PROJECTIONS over tensors of so many entries: D, or what there is room for."""
+    return _CLASSES[name].most(sizes)
+
+
 def _options(cls: type) -> list[str]:
     """Keyword-only parameters of a class's own constructor."""
     own = cls.__dict__.get("__init__")

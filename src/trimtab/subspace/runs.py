@@ -27,11 +27,17 @@ SAID = 3
 
 
 class Run(NamedTuple):
-    """One training. d: dimensions of the subspace, or None for all parameters directly. lr: the optimizer's."""
+    """One training. d: dimensions of the subspace; None for all parameters directly, 0 for none, so that θ0 is scored.
+    lr: the optimizer's."""
 
     d: int | None
     seed: int
     lr: float
+
+
+def untrained(seed: int) -> Run:
+    """The run that trains nothing."""
+    return Run(0, seed, 0.0)
 
 
 Trainer = Callable[[Run], Outcome]
@@ -69,19 +75,18 @@ class Runs:
 
     def _open(self, folder: Path) -> None:
         refuse_other_search(folder, self._about)
-        write_whole(folder / MADE_WITH, json.dumps(self._about, indent=2) + "\n")
         self._known |= _stored(folder)
 
     def take(self, folder: Path) -> None:
         """Keep the runs of another search's folder that would be trained alike here: all of them or, where the two
-        differ in their subspaces alone, those of all parameters.
+        differ in their subspaces alone, those of all parameters and of none.
 
         Raises UsageError where they differ in anything else, and for a folder that holds no search.
         """
         differing = _differing(folder, self._about)
         _refuse(folder, {key: pair for key, pair in differing.items() if key not in OF_SUBSPACES})
         for run, outcome in _stored(folder, repair=False).items():  # a search may be going on there
-            if run not in self._known and (run.d is None or not differing):
+            if run not in self._known and (not run.d or not differing):
                 self._known[run] = outcome
                 self._keep(run, outcome)
 
@@ -140,7 +145,9 @@ class Runs:
     def _keep(self, run: Run, outcome: Outcome) -> None:
         if self._folder is None:
             return
-        path = self._folder / RUNS
+        path, made_with = self._folder / RUNS, self._folder / MADE_WITH
+        if not made_with.exists():
+            write_whole(made_with, json.dumps(self._about, indent=2) + "\n")
         line = json.dumps({"run": run._asdict(), "outcome": dataclasses.asdict(outcome)})
         try:
             with path.open("ab") as file:
@@ -196,9 +203,13 @@ def _stored(folder: Path, *, repair: bool = True) -> dict[Run, Outcome]:
             run, outcome = Run(**line["run"]), Outcome(**line["outcome"])
             if not all(isinstance(value, int | float) for value in (run.d or 0, *run[1:], *vars(outcome).values())):
                 raise TypeError("a value is no number")
+            if not all(0 <= score <= 1 for score in (outcome.train, outcome.validation, outcome.test)):
+                raise ValueError("a score is not from 0 to 1")
             found[run] = outcome
-        except (TypeError, KeyError) as error:
-            raise FormatError(f"{folder / RUNS} line {number} is no run of a search: empty {folder}") from error
+        except (TypeError, KeyError, ValueError) as error:
+            raise FormatError(
+                f"{folder / RUNS} line {number} is no run of a search: choose another folder, or empty {folder}"
+            ) from error
     return found
 
 

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trimtab.errors import TrimtabError, UsageError
-from trimtab.subspace.crossing import Crossing, Threshold, crossing
-from trimtab.subspace.runs import Run, Runs
+from trimtab.subspace.crossing import Crossing, Threshold, crossing, reaches
+from trimtab.subspace.runs import Run, Runs, untrained
 from trimtab.subspace.training import Outcome
 
 FURTHER = 4
@@ -124,14 +124,16 @@ class Measured:
     """What a search came to.
 
     crossing: d90, its interval and the fit. scores: of the split that counts, by d and seed. train_scores: of the same
-    runs on the training split. baseline, baseline_rate: scores and learning rate of training all D parameters. rates:
-    learning rate by d. chosen_by: the split by whose score a rate was chosen. diverged: how many runs in subspaces did.
+    runs on the training split. start: scores of θ0, before any training; None in older results. baseline,
+    baseline_rate: scores and learning rate of training all D parameters. rates: learning rate by d. chosen_by: the
+    split by whose score a rate was chosen. diverged: how many runs in subspaces did.
     """
 
     D: int
     crossing: Crossing
     scores: Mapping[int, tuple[float, ...]]
     train_scores: Mapping[int, tuple[float, ...]]
+    start: tuple[float, ...] | None
     baseline: tuple[float, ...]
     baseline_rate: float
     rates: Mapping[int, float]
@@ -148,9 +150,11 @@ class Measured:
     @property
     def gap(self) -> float | None:
         """The generalisation gap at the first d above the threshold: the mean training score less the mean score that
-        counts. None where no d is above."""
+        counts. None where no d is above, and where what counts is the training score itself."""
         d = self.crossing.first
-        return None if d is None else float(np.mean(self.train_scores[d]) - np.mean(self.scores[d]))
+        if d is None or self.scores == self.train_scores:
+            return None
+        return float(np.mean(self.train_scores[d]) - np.mean(self.scores[d]))
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON; what was not reached is null."""
@@ -173,19 +177,27 @@ class Measured:
             raise ValueError("scores and train_scores are not of the same runs")
         if not scores or not plain["baseline"] or first not in (None, *scores):
             raise ValueError("there are no runs, or none at the first d above the threshold")
-        plan, several = dict(plain["plan"]), {name: tuple(plain["plan"][name]) for name in ("grid", "rates")}
+        D, chance = int(plain["D"]), float(plain["chance"])
+        start = None if plain.get("start") is None else tuple(map(float, plain["start"]))
+        several = [*scores.values(), *train_scores.values(), plain["baseline"], start or (), (chance,)]
+        if not all(0 <= score <= 1 for own in several for score in own):
+            raise ValueError("a score is not from 0 to 1")
+        if not all(1 <= d <= D for d in scores) or not all(end >= 0 for end in ends.values()):
+            raise ValueError("a d is below 1 or above D")
+        plan, lists = dict(plain["plan"]), {name: tuple(plain["plan"][name]) for name in ("grid", "rates")}
         return cls(
-            int(plain["D"]),
+            D,
             Crossing(first=first, fitted=fitted, threshold=float(found["threshold"]), **ends),
             scores,
             train_scores,
+            start,
             tuple(map(float, plain["baseline"])),
             float(plain["baseline_rate"]),
             {int(d): float(rate) for d, rate in plain["rates"].items()},
             str(plain["chosen_by"]),
             int(plain["diverged"]),
-            float(plain["chance"]),
-            Plan(**{**plan, **several, "threshold": Threshold(**plan["threshold"])}),
+            chance,
+            Plan(**{**plan, **lists, "threshold": Threshold(**plan["threshold"])}),
         )
 
 
@@ -201,26 +213,30 @@ def measure(
     scored: Judged,
     chosen: Judged | None = None,
     least: int = 1,
+    most: int | None = None,
     at: Callable[[str], None] | None = None,
 ) -> Measured:
     """Find d90.
 
     scored: the split whose score counts. chosen: the split by whose score learning rates are chosen; by default that.
-    least: the smallest d that can be trained. at(text) hears what is being trained. Raises UsageError for a d below it
-    or above D; NoDimension for a baseline that diverged, is not clear of chance or misses the threshold, and for a
-    threshold that is not clear of chance.
+    least, most: the smallest and the largest d that can be trained, by default 1 and D. at(text) hears what is being
+    trained. Raises UsageError for another d; NoDimension for a baseline that diverged, is not clear of chance or misses
+    the threshold, for a threshold that is not clear of chance, and for one that θ0 passes without any training.
     """
-    search = _Search(runs, D, plan, scored, chosen or scored, least, at or (lambda text: None))
-    wrong = [d for d in (*plan.grid, search.first) if not least <= d <= D]
+    most = D if most is None else most
+    search = _Search(runs, D, plan, scored, chosen or scored, least, most, at or (lambda text: None))
+    wrong = [d for d in (*plan.grid, search.first) if not least <= d <= most]
     if wrong:
         why = f", since SAID spends {least - 1} on the λ of its layers," if least > 1 else ""
-        raise UsageError(f"d is {wrong[0]}, but must be at least {least}{why} and at most D = {D:,}, all parameters")
+        limit = f"D = {D:,}, all parameters" if most == D else f"{most:,}, beyond which this projection has no room"
+        raise UsageError(f"d is {wrong[0]}, but must be at least {least}{why} and at most {limit}")
     _refuse_chance(plan.threshold.value, scored, plan.threshold)  # no score is above 1, so no threshold above its share
     search.ahead([None, search.first])
-    baseline = search.baseline()
+    start, baseline = search.start(), search.baseline()
     wanted = plan.threshold.of(baseline)
     _refuse_baseline(sum(baseline) / len(baseline), wanted, scored, plan.threshold)
     _refuse_chance(wanted, scored, plan.threshold)
+    _refuse_start(sum(start) / len(start), wanted, plan.threshold)
     if plan.grid:
         search.ahead(plan.grid)
         for d in plan.grid:
@@ -234,6 +250,7 @@ def measure(
         crossing=crossing(scores, baseline, plan.threshold),
         scores=scores,
         train_scores={d: search.train_scores[d] for d in scores},
+        start=tuple(start),
         baseline=tuple(baseline),
         baseline_rate=search.rate(None),
         rates={d: search.rate(d) for d in scores},
@@ -271,12 +288,30 @@ def _refuse_baseline(mean: float, wanted: float, scored: Judged, threshold: Thre
         )
 
 
+def _refuse_start(mean: float, wanted: float, threshold: Threshold) -> None:
+    """NoDimension where θ0 reaches the threshold."""
+    if reaches(mean, wanted):
+        raise NoDimension(
+            "reached without training",
+            f"before any training the model comes to {mean:.3f}, and the threshold, {threshold}, to {wanted:.3f}: no "
+            "dimension is needed, and any d would pass. Choose a higher threshold, or another task",
+        )
+
+
 class _Search:
     def __init__(
-        self, runs: Runs, D: int, plan: Plan, scored: Judged, chosen: Judged, least: int, at: Callable[[str], None]
+        self,
+        runs: Runs,
+        D: int,
+        plan: Plan,
+        scored: Judged,
+        chosen: Judged,
+        least: int,
+        most: int,
+        at: Callable[[str], None],
     ) -> None:
-        self.runs, self.D, self.plan, self.scored, self.least, self.at = runs, D, plan, scored, least, at
-        self.chosen = chosen
+        self.runs, self.D, self.plan, self.scored, self.chosen, self.at = runs, D, plan, scored, chosen, at
+        self.least, self.most = least, most
         self.chosen_at: list[int] = []
         self.scores: dict[int, tuple[float, ...]] = {}
         self.train_scores: dict[int, tuple[float, ...]] = {}
@@ -287,12 +322,17 @@ class _Search:
         """The d that is tried first."""
         if self.plan.grid:
             return self.plan.grid[0]
-        return max(self.least, round(math.sqrt(self.D))) if self.plan.start is None else self.plan.start
+        if self.plan.start is not None:
+            return self.plan.start
+        return min(max(self.least, round(math.sqrt(self.D))), self.most)
 
     def ahead(self, ds: Sequence[int | None]) -> None:
-        """Let the workers start on all that these d are certain to need."""
+        """Let the workers start on all that these d are certain to need: a choice of the learning rate that may stand
+        for later d is of the first alone."""
+        self.runs.begin(self.starts())
         for d in ds:
-            self.runs.begin(self.sweep(d))
+            if d in (None, self.first) or self.plan.rates_at == "each":
+                self.runs.begin(self.sweep(d))
         for d in ds:
             self.runs.begin(self.repeats(d))
 
@@ -309,6 +349,21 @@ class _Search:
             )
         return [self.scored.of(outcome) for outcome in outcomes]
 
+    def start(self) -> list[float]:
+        """Scores of θ0. NoDimension where its loss is no number."""
+        self.at("θ0, untrained")
+        outcomes = self.runs.outcomes(self.starts())
+        if not all(math.isfinite(outcome.first_loss) for outcome in outcomes):
+            raise NoDimension(
+                "no number before training",
+                "the loss is no number before any training: weights of the model, or its data, are infinite or NaN",
+            )
+        return [self.scored.of(outcome) for outcome in outcomes]
+
+    def starts(self) -> list[Run]:
+        """The runs that train nothing."""
+        return [untrained(seed) for seed in range(self.plan.seeds)]
+
     def mean(self, d: int) -> float:
         """The mean score in d dimensions."""
         if d not in self.scores:
@@ -322,18 +377,18 @@ class _Search:
     def bracket_and_halve(self, wanted: float) -> None:
         """Train at d until the threshold lies between two that are near one another."""
         low, high = 0, self.first
-        if self.mean(high) >= wanted:
+        if reaches(self.mean(high), wanted):
             while high > self.least and not low:
                 below = max(self.least, int(high / self.plan.factor))
-                low, high = (0, below) if self.mean(below) >= wanted else (below, high)
+                low, high = (0, below) if reaches(self.mean(below), wanted) else (below, high)
         else:
-            while self.mean(high) < wanted:
-                if high == self.D:
+            while not reaches(self.mean(high), wanted):
+                if high == self.most:
                     return
-                low, high = high, min(self.D, math.ceil(high * self.plan.factor))
+                low, high = high, min(self.most, math.ceil(high * self.plan.factor))
         while low and high - low > 1 and high / low > self.plan.resolution:
             middle = min(max(round(math.sqrt(low * high)), low + 1), high - 1)
-            low, high = (low, middle) if self.mean(middle) >= wanted else (middle, high)
+            low, high = (low, middle) if reaches(self.mean(middle), wanted) else (middle, high)
 
     def close_interval(self, baseline: Sequence[float]) -> None:
         """Go on where the fit, which pools means that fall, has d90 beyond the d tried. Then train a few d more where
@@ -344,10 +399,10 @@ class _Search:
             largest, smallest, factor = max(self.scores), min(self.scores), max(self.plan.resolution, 1.1)
             if found.d == 0 and smallest > self.least:
                 self.mean(max(self.least, int(smallest / self.plan.factor)))
-            elif found.d == math.inf and largest < self.D:
-                self.mean(min(self.D, math.ceil(largest * self.plan.factor)))
-            elif found.high == math.inf > found.d and largest < self.D:
-                self.mean(min(self.D, math.ceil(largest * factor)))
+            elif found.d == math.inf and largest < self.most:
+                self.mean(min(self.most, math.ceil(largest * self.plan.factor)))
+            elif found.high == math.inf > found.d and largest < self.most:
+                self.mean(min(self.most, math.ceil(largest * factor)))
                 further += 1
             elif found.low == 0 < found.d and smallest > self.least:
                 self.mean(max(self.least, math.floor(smallest / factor)))

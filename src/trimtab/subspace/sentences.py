@@ -191,7 +191,7 @@ class SentenceTrainer:
         with fused(net):
             first = mean_loss(net, few, class_loss)
             begun = time.perf_counter()
-            steps = self._fit(net, trained, train, pad, run)
+            steps = self._fit(net, trained, train, pad, run) if trained else 0
             seconds = time.perf_counter() - begun
             with evaluating(net), _weights_kept(net):
                 final = mean_loss(net, few, class_loss)
@@ -199,14 +199,14 @@ class SentenceTrainer:
         size = sum(p.numel() for p in loaded.model.parameters())
         return Outcome(
             seed=run.seed,
-            d=run.d or size,
+            d=size if run.d is None else run.d,
             lr=run.lr,
             **scores,
             first_loss=first,
             final_loss=final,
             seconds=seconds,
             steps=steps,
-            diverged=has_diverged(first, final),
+            diverged=has_diverged(first, final, math.log(len(self.splits.classes))),
         )
 
     def _encoded(self, split: str, loaded: Classifier) -> list[LabelledExample]:
@@ -219,6 +219,8 @@ class SentenceTrainer:
     def _net(self, model: nn.Module, run: Run) -> tuple[nn.Module, list[nn.Parameter]]:
         if run.d is None:
             return model, [p for p in model.parameters() if p.requires_grad]
+        if run.d == 0:
+            return model, []
         s = self.setting
         made = Subspace.of(
             model, d=run.d, mode=s.mode, projection=s.projection, seed=run.seed, layers=s.layers, **s.options

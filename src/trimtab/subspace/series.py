@@ -61,5 +61,5 @@ def refuse_other_shapes(by_label: Mapping[str, Mapping[str, tuple[int, ...]]]) -
                 for place, one in ((first, shapes), (label, own))
             )
             raise UsageError(
-                f"the checkpoints are of different shapes, so that their d90 do not compare: {name} is {told}"
+                f"the checkpoints are of different shapes, so that their dimensions do not compare: {name} is {told}"
             )

@@ -14,7 +14,7 @@ from trimtab.adapt.select import adaptable, base_modules
 from trimtab.subspace.draws import GENERATOR
 from trimtab.subspace.layers import layer_groups
 from trimtab.subspace.offsets import groups_of
-from trimtab.subspace.projection import make_projection
+from trimtab.subspace.projection import make_projection, most_dimensions
 from trimtab.subspace.runs import Trainer
 from trimtab.subspace.search import Judged
 from trimtab.subspace.sentences import SentenceTrainer, Setting
@@ -31,9 +31,9 @@ A.3) found to work across tasks."""
 
 class Subject(NamedTuple):
     """title, metric, split: for people. shapes: of the parameters that are trained, by name. scored, chosen: the split
-    that counts, and the one by which learning rates are chosen. n: training examples. least: the smallest d there is.
-    lr: by default, of all parameters. make: gives the trainer; can be sent to another process. about: what the runs
-    depend on. features: Σ (in + out) of the weights a LoRA would be put on, and how many; or None.
+    that counts, and the one by which learning rates are chosen. n: training examples. least, most: the smallest d there
+    is and the largest. lr: by default, of all parameters. make: gives the trainer; can be sent to another process.
+    about: what the runs depend on. features: Σ (in + out) of the weights a LoRA would be put on, and how many; or None.
     """
 
     title: str
@@ -44,6 +44,7 @@ class Subject(NamedTuple):
     chosen: Judged
     n: int
     least: int
+    most: int
     lr: float
     make: Callable[[], Trainer]
     about: Mapping[str, Any]
@@ -72,6 +73,7 @@ def of_problem(
         judged["train" if problem.scored == "train" else "validation"],
         len(problem.train),
         1,
+        most_dimensions(projection, problem.sizes),
         protocol.lr,
         functools.partial(problem_trainer, make, protocol, projection, dict(options)),
         about_problem(problem, protocol, projection, options),
@@ -103,6 +105,7 @@ def of_sentences(setting: Setting) -> Subject:
         trainer.splits.judged("validation"),
         len(trainer.splits.train),
         1 if groups is None else len(set(groups)) + 1,
+        most_dimensions(setting.projection, [math.prod(shape) for shape in shapes.values()]),
         FINE_TUNING_LR,
         functools.partial(SentenceTrainer, setting),
         {
@@ -112,6 +115,7 @@ def of_sentences(setting: Setting) -> Subject:
             "config": config_digest(loaded.model.config),
             "data_digest": trainer.digest(loaded),
             "generator": GENERATOR,
+            **({} if loaded.fresh else {"head": "the checkpoint's own"}),
         },
         _features(loaded.model, loaded.head),
     )

@@ -10,7 +10,7 @@ from typing import Any
 from trimtab.subspace.draws import GENERATOR
 from trimtab.subspace.projection import make_projection
 from trimtab.subspace.runs import Run, Trainer
-from trimtab.subspace.training import Outcome, train
+from trimtab.subspace.training import Outcome, score_start, train
 from trimtab.tasks.problem import Problem, Protocol
 
 
@@ -29,5 +29,7 @@ def about_problem(problem: Problem, protocol: Protocol, projection: str, options
 
 
 def _train(problem: Problem, protocol: Protocol, projection: str, options: dict[str, Any], run: Run) -> Outcome:
+    if run.d == 0:
+        return score_start(problem, run.seed)
     subspace = None if run.d is None else make_projection(projection, problem.sizes, run.d, run.seed, **options)
     return train(problem, protocol, seed=run.seed, subspace=subspace, lr=run.lr)

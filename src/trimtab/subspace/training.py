@@ -26,8 +26,8 @@ SCORED_ROWS = 1000
 """So many examples are scored at once: their activations stay in the cache."""
 
 RISEN = 1.05
-"""A run has diverged whose loss ends above so many times what it began with. One that learns nothing ends at the loss
-of guessing, which is about where it began, a little above or below."""
+"""A run has diverged whose loss ends above so many times what it began with, or what guessing has. One that learns
+nothing ends at the loss of guessing, which is about where a net begins that knows nothing, a little above or below."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,27 @@ def train(
     )
 
 
-def has_diverged(first_loss: float, final_loss: float) -> bool:
-    """Whether the loss ended as no number, or clearly higher than it began (RISEN)."""
-    return not final_loss <= RISEN * first_loss
+def score_start(problem: Problem, seed: int) -> Outcome:
+    """The outcome of no training at all: θ0 as `seed` draws it, d = 0."""
+    run = _Run(problem, problem.defaults, seed, None)
+    loss = run.mean_loss()
+    return Outcome(
+        seed=seed,
+        d=0,
+        lr=0.0,
+        **run.scores(),
+        first_loss=loss,
+        final_loss=loss,
+        seconds=0.0,
+        steps=0,
+        diverged=False,
+    )
+
+
+def has_diverged(first_loss: float, final_loss: float, guessing: float = 0.0) -> bool:
+    """Whether the loss ended as no number, or clearly higher than it began (RISEN). guessing: its loss, for a net that
+    may know more than that when it begins, and then forget it without diverging."""
+    return not final_loss <= RISEN * max(first_loss, guessing)
 
 
 def _step(optimizer: torch.optim.Optimizer, gradient: Callable[[], float]) -> float:

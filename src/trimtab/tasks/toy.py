@@ -60,5 +60,6 @@ def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def performance(outputs: Tensor, targets: Tensor) -> float:
-    """exp(−loss): 1 where every group has its sum, next to 0 at the start."""
-    return math.exp(-squared_error(outputs, targets).item())
+    """exp(−loss): 1 where every group has its sum, next to 0 at the start; 0 where the loss is no number."""
+    loss = squared_error(outputs, targets).item()
+    return 0.0 if math.isnan(loss) else math.exp(-loss)
