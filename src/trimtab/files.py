@@ -159,6 +159,15 @@ def write_whole(path: str | Path, content: str | bytes) -> Path:
     return path
 
 
+def refuse_unwritable(folder: Path) -> None:
+    """StorageError for a folder that could not be made, or written into. Nothing is made to find that out."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise StorageError(f"cannot write {folder}: {there} is a file, not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise StorageError(f"{there} cannot be written: choose another folder")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The mapping in a JSON file. UsageError when it cannot be read, FormatError when it is broken, saying where."""
     try:
@@ -180,11 +189,14 @@ def whole_lines(path: Path, *, repair: bool = True) -> Iterator[tuple[int, Any]]
     """Number and content of each line of a JSON-lines file; of none where there is no file.
 
     A last line without an end, as a kill leaves it, is none. repair: it is taken off the file; not to be done to a file
-    that another process may be writing. FormatError for any other that is not JSON.
+    that another process may be writing. FormatError for any other that is not JSON, UsageError for what cannot be read.
     """
     if not path.exists():
         return
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
     whole = content.rfind(b"\n") + 1
     if repair and whole < len(content):
         os.truncate(path, whole)

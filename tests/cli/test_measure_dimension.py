@@ -22,7 +22,7 @@ def test_the_toy_has_dimension_ten(tmp_path: Path, capsys: pytest.CaptureFixture
     assert run(["measure", "dimension", *TOY, "--grid", "8,9,10,11", "--out", str(tmp_path), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["crossing"]["first"] == 10
-    assert 9 < told["crossing"]["d"] <= 10
+    assert (told["crossing"]["d"], told["found"]) == (10, "within")
     assert told == json.loads((tmp_path / "results.json").read_text()) | {"report": told["report"]}
     page = (tmp_path / "report.html").read_text()
     assert "Intrinsic dimension of toy" in page
@@ -34,6 +34,26 @@ def test_the_toy_has_dimension_ten(tmp_path: Path, capsys: pytest.CaptureFixture
     assert (tmp_path / "report.html").read_text() == page
 
 
+@pytest.mark.parametrize("share", ["1", "0.9"])
+def test_the_dimension_of_the_toy_is_ten_exactly(share: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--task", "toy", "--workers", "1", "--share", share, "--json"]
+    assert run(["measure", "dimension", *flags]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [told["crossing"][key] for key in ("d", "low", "high")] == [10, 10, 10]
+    assert told["gap"] is None, "the training split is what is scored"
+    name = {"1": "d100", "0.9": "d90"}[share]
+    assert told["sentences"][0].startswith(f"{name} of toy is 10 [10, 10], with D = 1,000 parameters and 3 seeds")
+
+
+def test_a_tilde_is_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert run(["measure", "dimension", *TOY, "--grid", "8,12", "--out=~/one"]) == 0
+    assert run(["measure", "dimension", *TOY, "--grid", "8,12", "--out=~/two", "--reuse=~/one"]) == 0
+    assert all((tmp_path / name / "results.json").exists() for name in ("one", "two"))
+    assert not (tmp_path / "~").exists()
+
+
 def test_the_runs_that_were_trained_are_counted_and_nobody_knows_how_many_there_will_be(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -43,11 +63,12 @@ def test_the_runs_that_were_trained_are_counted_and_nobody_knows_how_many_there_
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("training")]
     paced = [re.sub(r"[\d.]+ (runs/s|s/run)$", "PACE", line) for line in told]
     assert paced == [
-        "training all parameters: 0 runs",
-        "training all parameters: 1 run, PACE",
-        "training all parameters: 2 runs, PACE",
-        *(f"training d = 8: {n} runs, PACE" for n in (2, 3, 4)),
-        *(f"training d = 12: {n} runs, PACE" for n in (4, 5, 6)),
+        "training θ0, untrained: 0 runs",
+        "training θ0, untrained: 1 run, PACE",
+        "training θ0, untrained: 2 runs, PACE",
+        *(f"training all parameters: {n} runs, PACE" for n in (2, 3, 4)),
+        *(f"training d = 8: {n} runs, PACE" for n in (4, 5, 6)),
+        *(f"training d = 12: {n} runs, PACE" for n in (6, 7, 8)),
     ]
 
 
@@ -88,6 +109,7 @@ def test_the_runs_that_were_trained_are_counted_and_nobody_knows_how_many_there_
         (["--model", "minilm", "--task", "nope.tsv"], "there is no file nope.tsv: with a model --task is sst2"),
         (["--task", "sst2"], "sst2 is for a pretrained model to learn: name one with --model"),
         (["--task", "toy", "--width", "5"], "--width is for mnist-fc, not for toy"),
+        (["--task", "toy", "--l2", "1"], "--l2 is for digits, mnist-fc and mnist-lenet, not for toy"),
         (["--shuffle", "labels"], "--shuffle is for mnist-fc and mnist-lenet, not for digits"),
         (["--model", "minilm", "--task", "sst2", "--layers", "tensor"], "--layers is for --mode said"),
         (["--data-dir", "/nowhere"], "digits reads no files, so --data-dir /nowhere changes nothing"),
@@ -140,12 +162,35 @@ def test_what_was_trained_before_it_is_stopped_is_kept(tmp_path: Path, monkeypat
     flags = ["measure", "dimension", *TOY, "--grid", "8,12"]
     assert run([*flags, "--out", str(tmp_path)]) == 130
     assert f"the runs that ended are in {tmp_path}, and the same command goes on from there" in capsys.readouterr().err
-    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 3
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 5, "three, and θ0 with two seeds"
     assert run(flags) == 130
     assert "with --out, they would have been kept" in capsys.readouterr().err
     monkeypatch.setattr(trainers, "train", train)
     assert run([*flags, "--out", str(tmp_path)]) == 0
-    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 6
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 8
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_read(tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    flags = ["--task", "mnist-fc", "--data-dir", "/nowhere", "--out", str(tmp_path / "file" / "out")]
+    assert run(["measure", "dimension", *flags]) == 2
+    assert f"{tmp_path / 'file'} is a file, not a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "said"), [("runs.jsonl", "cannot read"), ("search.json", "cannot read")])
+def test_folders_where_files_belong_are_refused(name: str, said: str, tmp_path: Path, capsys) -> None:
+    (tmp_path / "search.json").write_text("{}")
+    assert run(["measure", "dimension", *TOY, "--grid", "8,12", "--out", str(tmp_path / "whole"), "--quiet"]) == 0
+    (tmp_path / "whole" / name).unlink()
+    (tmp_path / "whole" / name).mkdir()
+    assert run(["measure", "dimension", *TOY, "--grid", "8,12", "--out", str(tmp_path / "whole")]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_key_that_is_no_json_is_told_with_what_to_do(tmp_path: Path, capsys) -> None:
+    (tmp_path / "search.json").write_text("{")
+    assert run(["measure", "dimension", *TOY, "--grid", "8,12", "--out", str(tmp_path)]) == 2
+    assert re.search(r"search\.json is not JSON: .*: choose another folder, or empty this one", capsys.readouterr().err)
 
 
 def test_a_threshold_that_guessing_passes_is_refused(capsys) -> None:
@@ -168,7 +213,7 @@ def test_a_d_that_said_has_not_is_refused_before_any_training(sentences: list[st
     assert run(["measure", "dimension", *sentences, *flags, "--layers", "tensor", "--grid", "6"]) == 2
     assert "since SAID spends" in (err := capsys.readouterr().err)
     assert "spends 5" not in err, "a λ for each tensor is more of them"
-    assert not (tmp_path / "out" / "runs.jsonl").exists()
+    assert not (tmp_path / "out").exists(), "nor is anything written"
 
 
 def test_the_rate_of_a_pretrained_model_is_chosen_where_something_is_learned(
@@ -227,14 +272,16 @@ def test_measurements_that_were_kept_are_set_side_by_side(toys: list[str], tmp_p
     assert run(["measure", "dimension", "--compare", *toys, "--out", str(tmp_path / "both"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert [one["label"] for one in told["measurements"]] == ["uni", "dense"]
-    assert all(one["n"] == 10 and one["gap"] == 0 for one in told["measurements"]), "all splits are the same equations"
+    assert all(one["n"] == 10 and one["gap"] is None for one in told["measurements"]), "all splits are the same"
     for folder, one in zip(toys, told["measurements"], strict=True):
         assert json.loads((Path(folder) / "results.json").read_text()).items() <= one.items()
     assert told == json.loads((tmp_path / "both" / "results.json").read_text()) | {"report": told["report"]}
     assert "How they differ" in Path(told["report"]).read_text()
     assert run(["measure", "dimension", "--compare", *toys]) == 0
     shown = capsys.readouterr().out
-    assert all(word in shown for word in ("uni", "dense", "1,000", "√(first d/n)", "d90 is least for"))
+    assert all(
+        word in shown for word in ("uni", "dense", "1,000", "√(first d/n)", "The intrinsic dimension is least for")
+    )
 
 
 def test_runs_of_all_parameters_are_taken_from_a_measurement_with_another_projection(
@@ -243,7 +290,7 @@ def test_runs_of_all_parameters_are_taken_from_a_measurement_with_another_projec
     flags = [*TOY, "--grid", "8,12", "--projection", "sparse", "--out", str(tmp_path / "sparse")]
     assert run(["measure", "dimension", *flags, "--reuse", toys[0]]) == 0
     first, own = ((Path(folder) / "runs.jsonl").read_text().splitlines() for folder in (toys[0], tmp_path / "sparse"))
-    assert own[:2] == first[:2], "to the second that they took"
+    assert own[:4] == first[:4], "to the second that they took"
     assert len(own) == len(first)
     assert run(["measure", "dimension", *flags[:-1], str(tmp_path / "other"), "--epochs", "3", "--reuse", toys[0]]) == 2
     assert f"{toys[0]} holds the runs of another search: epochs" in capsys.readouterr().err

@@ -133,6 +133,18 @@ def test_a_pass_is_one_expansion_and_one_adjoint(monkeypatch: pytest.MonkeyPatch
     assert calls == ["expand"]
 
 
+@pytest.mark.parametrize("mode", ["did", "said"])
+def test_two_passes_forward_may_come_before_their_passes_backward(mode: str) -> None:
+    """As in a loss over pairs, or with gradients of two losses apart."""
+    model = reader()
+    adapter = stir(trimtab.attach(model, small(mode=mode), targets=BLOCKS))
+    trained, (x, y) = space(adapter).trained(), (tokens(4, 7), tokens(2, 5))
+    wanted = [torch.autograd.grad(model(inputs).square().sum(), trained) for inputs in (x, y)]
+    first, second = (model(inputs).square().sum() for inputs in (x, y))
+    for loss, own in ((first, wanted[0]), (second, wanted[1])):
+        torch.testing.assert_close(torch.autograd.grad(loss, trained), own)
+
+
 @pytest.mark.parametrize("write", ["in place", "data", "copied"])
 def test_what_is_written_into_theta_is_seen_at_once(write: str) -> None:
     model, x = reader(), tokens(4, 7)

@@ -85,6 +85,17 @@ def test_nineteen_of_twenty_intervals_of_three_seeds_hold_the_truth(monkeypatch:
     assert 0.2 < float(np.median(widths)) < 0.4
 
 
+def test_a_seed_that_is_better_at_every_d_moves_the_whole_curve() -> None:
+    """Means and spreads are the same in both; only that a seed is the same one at every d tells the two apart."""
+    ds, shifts = range(400, 620, 10), (-0.02, 0.0, 0.02)
+    true = {d: 0.9 + 0.3 * math.log(d / 500) for d in ds}
+    alike = crossing({d: [true[d] + s for s in shifts] for d in ds}, [1.0], Threshold("absolute", 0.9))
+    turned = {d: [true[d] + shifts[(i + j) % 3] for j in range(3)] for i, d in enumerate(ds)}
+    apart = crossing(turned, [1.0], Threshold("absolute", 0.9))
+    assert alike.d == apart.d == 500
+    assert alike.high - alike.low > 1.3 * (apart.high - apart.low)
+
+
 def test_one_seed_has_no_interval() -> None:
     found = crossing(curve(500, 0.3, 1), [1.0], Threshold("local", 0.9))
     assert found.low == found.d == found.high

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -11,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from tiny_classifier import lines, make_folder, write_table
 from trimtab.cli import run as command
 from trimtab.data.label_batch import pad_labelled
 from trimtab.errors import UsageError
 from trimtab.subspace.reparameterize import Subspace
-from trimtab.subspace.runs import Run
+from trimtab.subspace.runs import Run, untrained
 from trimtab.subspace.sentences import SentenceTrainer, Setting, batch_loss, read_splits
 from trimtab.subspace.series import checkpoints_of
 from trimtab.subspace.subject import of_sentences
@@ -43,6 +45,41 @@ def test_all_parameters_learn_it_and_one_dimension_does_not(setting: Setting) ->
     assert (one.d, whole.d) == (1, of_sentences(setting).D)
     assert whole.steps == one.steps == 4 * -(-102 // 8), "15 % of the training rows are held out"
     assert not whole.diverged
+
+
+def test_the_start_is_scored_without_training(setting: Setting) -> None:
+    trainer = SentenceTrainer(setting)
+    start, one = trainer(untrained(0)), trainer(Run(1, 0, 0.0))
+    assert (start.d, start.steps, start.final_loss) == (0, 0, start.first_loss)
+    assert (start.train, start.validation, start.test) == (one.train, one.validation, one.test)
+    assert trainer(untrained(1)).first_loss != start.first_loss, "another head"
+
+
+def test_a_model_with_a_trained_head_may_forget_it_without_diverging(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its loss begins at next to nothing, and where nothing is learned it ends at that of guessing."""
+    trainer = SentenceTrainer(setting)
+    loaded = trainer.load(0)
+    trainer._fit(
+        loaded.model, list(loaded.model.parameters()), trainer._encoded("train", loaded), 0, Run(None, 0, 1e-2)
+    )
+    loaded.model.save_pretrained(tmp_path)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    own = dataclasses.replace(setting, model=str(tmp_path))
+
+    def forget(self: SentenceTrainer, net: nn.Module, *_: object) -> int:
+        for parameter in net.classifier.parameters():
+            parameter.data.zero_()
+        return 1
+
+    monkeypatch.setattr(SentenceTrainer, "_fit", forget)
+    forgotten = SentenceTrainer(own)(Run(None, 0, 1e-2))
+    assert forgotten.first_loss < 0.1
+    assert forgotten.final_loss == pytest.approx(math.log(2))
+    assert not forgotten.diverged
+    assert of_sentences(own).about["head"] == "the checkpoint's own"
+    assert "head" not in of_sentences(setting).about
 
 
 def test_a_run_depends_on_its_seed_alone(setting: Setting) -> None:
@@ -259,13 +296,13 @@ def test_a_checkpoint_without_a_threshold_does_not_end_the_series(setting: Setti
     flags = ["--task", str(setting.data), "--test-data", str(setting.test), *QUICK, "--out", str(tmp_path / "out")]
     assert command(["measure", "dimension", "--checkpoints", *series, *flags, "--json"]) == 0
     printed = capsys.readouterr()
-    assert "step-0 is not measured: training all parameters diverged" in printed.err
+    assert "step-0 is not measured: the loss is no number before any training" in printed.err
     missing, measured = json.loads(printed.out)["series"]
-    assert (missing["label"], missing["reason"]) == ("step-0", "baseline diverged")
+    assert (missing["label"], missing["reason"]) == ("step-0", "no number before training")
     assert (measured["label"], list(measured["scores"])) == ("step-100", ["2", "2000"])
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "not measured: baseline diverged" in page
-    assert "step-0 is not measured: training all parameters diverged" in page
+    assert "not measured: no number before training" in page
+    assert "step-0 is not measured: the loss is no number before any training" in page
     assert not (tmp_path / "out" / "step-0" / "results.json").exists()
 
 
@@ -273,7 +310,7 @@ def test_a_series_of_which_nothing_can_be_measured_is_an_error(setting: Setting,
     series = [str(broken(tmp_path / name)) for name in ("step-0", "step-100")]
     flags = ["--task", str(setting.data), "--test-data", str(setting.test), *QUICK]
     assert command(["measure", "dimension", "--checkpoints", *series, *flags]) == 1
-    assert "none of the checkpoints can be measured: step-0: training all" in capsys.readouterr().err
+    assert "none of the checkpoints can be measured: step-0: the loss is no number" in capsys.readouterr().err
 
 
 def test_a_series_of_different_shapes_is_refused(setting: Setting, tmp_path: Path, capsys) -> None:

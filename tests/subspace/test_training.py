@@ -10,7 +10,7 @@ from torch import nn
 from trimtab.errors import UsageError
 from trimtab.subspace.projection import make_projection
 from trimtab.subspace.subject import of_problem
-from trimtab.subspace.training import train
+from trimtab.subspace.training import has_diverged, score_start, train
 from trimtab.tasks.problem import Problem, Protocol, Split
 from trimtab.tasks.problems import make_problem
 from trimtab.tasks.vision import accuracy, fully_connected
@@ -158,6 +158,22 @@ def test_ending_worse_than_it_began_is_divergence_even_with_numbers():
 def test_learning_little_is_not_divergence():
     problem = clusters(ADAM)
     assert not train(problem, seed=0, subspace=Dense(problem.sizes, 1), lr=1e-3).diverged
+
+
+def test_divergence_is_above_the_loss_of_guessing_too():
+    assert not has_diverged(0.05, 0.7, guessing=math.log(2))
+    assert has_diverged(0.05, 0.75, guessing=math.log(2))
+    assert has_diverged(0.05, 0.7)
+    assert has_diverged(0.7, math.nan)
+    assert has_diverged(0.7, math.inf)
+
+
+def test_the_start_is_scored_as_it_is():
+    problem = clusters(ADAM)
+    start, still = score_start(problem, 3), train(problem, seed=3, subspace=Dense(problem.sizes, 1), lr=1e-12)
+    assert (start.train, start.test) == (still.train, still.test)
+    assert (start.d, start.steps, start.seed) == (0, 0, 3)
+    assert start.first_loss == start.final_loss == still.first_loss
 
 
 def test_a_projection_of_another_net_is_refused():

@@ -129,7 +129,9 @@ def _refuse_task(flags: DimensionFlags) -> None:
         raise UsageError(f"{task} is for a pretrained model to learn: name one with --model")
     foreign = [name for name in changed if name in OF_SOME and task not in OF_SOME[name] and task in PROBLEMS]
     if foreign:
-        raise UsageError(f"--{foreign[0]} is for {' and '.join(OF_SOME[foreign[0]])}, not for {task}")
+        *most, last = OF_SOME[foreign[0]]
+        known = f"{', '.join(most)} and {last}" if most else last
+        raise UsageError(f"--{foreign[0]} is for {known}, not for {task}")
 
 
 def is_of_model(flags: DimensionFlags) -> bool:

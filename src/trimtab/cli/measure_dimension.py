@@ -13,6 +13,7 @@ from trimtab.cli.common import Screen, find_model, load_libraries, options
 from trimtab.cli.dimension_flags import DimensionFlags, projection_of, rates_of, refuse_idle
 from trimtab.cli.measure import show_table
 from trimtab.errors import UsageError
+from trimtab.files import refuse_unwritable
 from trimtab.tasks import TASKS
 from trimtab.tasks.nlu import KNOWN
 from trimtab.tasks.problems import PROBLEMS, make_problem
@@ -35,6 +36,7 @@ def run(name: str, summary: str, argv: list[str]) -> None:
     """Search, print, and write the page."""
     flags, output = options(DimensionFlags, name, summary, argv, NOTES)
     refuse_idle(flags)
+    flags = _at_home(flags)
     screen = Screen(output)
     load_libraries(screen)
     from trimtab.report.dimension_results import refuse_foreign
@@ -42,6 +44,7 @@ def run(name: str, summary: str, argv: list[str]) -> None:
 
     if flags.out is not None:
         check_plots()
+        refuse_unwritable(Path(flags.out))
         refuse_foreign(Path(flags.out), "comparison" if flags.compare else "series" if flags.checkpoints else "search")
     if flags.compare or flags.checkpoints:
         screen.result(_comparison(flags, screen) if flags.compare else _series(flags, screen))
@@ -58,6 +61,12 @@ def run(name: str, summary: str, argv: list[str]) -> None:
         screen.outcome(f"report: {page}")
         told["report"] = str(page)
     screen.result(told)
+
+
+def _at_home(flags: DimensionFlags) -> DimensionFlags:
+    """With ~ in --out and --reuse as the home that it stands for."""
+    out, reuse = (None if given is None else str(Path(given).expanduser()) for given in (flags.out, flags.reuse))
+    return dataclasses.replace(flags, out=out, reuse=reuse)
 
 
 def _one(flags: DimensionFlags, subject: Subject, screen: Screen) -> tuple[Measured, Told]:
@@ -227,7 +236,7 @@ def _measured(flags: DimensionFlags, subject: Subject, plan: Plan, screen: Scree
 
         with closing(Runs(subject.make, subject.about, folder, workers=workers, told=told)) as runs:
             if flags.reuse is not None:
-                runs.take(Path(flags.reuse).expanduser())
+                runs.take(Path(flags.reuse))
             try:
                 return measure(
                     runs,

@@ -153,7 +153,10 @@ class Space(Offsets):
         with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
             flat = self.flat(self.theta_d)
             lambdas = None if self.lambdas is None else self.lambdas.view_as(self.lambdas)
-            parts = self.cut(flat, lambdas)
+            parts = self.cut(flat, None)
+            if lambdas is not None and self.groups is not None:
+                scales = lambdas.to(flat.dtype).unbind()
+                parts = [_Scaled.apply(p, scales[g]) for g, p in zip(self.groups, parts, strict=True)]  # type: ignore[no-untyped-call]
         for tensor in (flat, lambdas):
             if tensor is not None and tensor.requires_grad:
                 tensor.register_hook(_forgetting(self))  # type: ignore[no-untyped-call]
@@ -161,6 +164,20 @@ class Space(Offsets):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_known": None, "_projection": None}  # both are made again
+
+
+class _Scaled(torch.autograd.Function):
+    """λ part. Autograd's own product gives up what it needs with the first backward pass, and the offsets are of
+    several where a model is called again before that."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, scale: Tensor) -> Tensor:
+        ctx.part, ctx.scale = part, scale
+        return scale * part
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return grads[0] * ctx.scale, grads[0] @ ctx.part
 
 
 def _identity(weight: Tensor) -> tuple[Any, ...]:

@@ -222,12 +222,12 @@ def sentences(measured: Measured, about: Told) -> list[str]:
     """What was found and what it is good for."""
     found, plan = measured.crossing, measured.plan
     name, bracketed = plan.threshold.dimension, found.found == "within" and plan.seeds > 1
-    start = "" if measured.start is None else f", θ0 at {sum(measured.start) / len(measured.start):.4g} untrained"
+    start = "" if measured.start is None else f", θ0 at {_level(sum(measured.start) / len(measured.start))} untrained"
     seeds = count(plan.seeds, "seed") + (", a 95 % interval in brackets" if bracketed else "")
     said = [
         f"{name.replace('the', 'The')} of {about.title} is {told(measured)}, with D = {measured.D:,} parameters and "
         f"{seeds}: where {about.metric} on {about.split} reaches {found.threshold:.4g}{_of_what(plan.threshold)}, with "
-        f"the baseline at {measured.mean_baseline:.4g}{start} and chance at {measured.chance:.4g}",
+        f"the baseline at {measured.mean_baseline:.4g}{start} and chance at {_level(measured.chance)}",
         protocol_sentence(measured, about),
     ]
     said += [chosen for chosen in [choice(measured)] if chosen]
@@ -244,6 +244,11 @@ def sentences(measured: Measured, about: Told) -> list[str]:
     if found.found == "within":
         said += _budget(found.d, name, about.features)
     return said
+
+
+def _level(score: float) -> str:
+    """A score in a sentence; what is next to nothing is 0."""
+    return f"{round(score, 6):.4g}"
 
 
 def _of_what(threshold: Threshold) -> str:

@@ -113,7 +113,7 @@ def crossing(
         draws, (below, above) = _drawn(ds, runs, base, threshold, seed), _neighbours(ds, found)
         ends = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="nearest")
         low, high = float(min(ends[0], below)), float(max(ends[1], above))
-    first = next((int(d) for d, value in zip(ds, means, strict=True) if value > wanted), None)
+    first = next((int(d) for d, value in zip(ds, means, strict=True) if value > wanted + EQUAL), None)
     pairs = tuple((int(d), float(value)) for d, value in zip(ds, fitted, strict=True))
     return Crossing(found, low, high, first, pairs, wanted)
 

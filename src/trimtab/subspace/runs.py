@@ -185,7 +185,11 @@ def refuse_other_search(folder: Path, about: Mapping[str, Any]) -> None:
 
 def _differing(folder: Path, about: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """What the search in a folder is of and this one is not: (there, here) by key."""
-    there, here = read_json(folder / MADE_WITH), json.loads(json.dumps(about))
+    try:
+        there = read_json(folder / MADE_WITH)
+    except FormatError as error:
+        raise FormatError(f"{error}: choose another folder, or empty this one") from error
+    here = json.loads(json.dumps(about))
     return {key: (there.get(key), here.get(key)) for key in {**there, **here} if there.get(key) != here.get(key)}
 
 

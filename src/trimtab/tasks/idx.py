@@ -54,7 +54,9 @@ def read_pair(folder: Path, half: str) -> tuple[npt.NDArray[np.uint8], npt.NDArr
     images_file, labels_file = (_found(folder, name) for name in FILES[half])
     images, labels = read_idx(images_file, 3), read_idx(labels_file, 1)
     if len(images) != len(labels):
-        raise FormatError(f"{images_file} has {len(images)} images, but {labels_file} {len(labels)} labels")
+        raise FormatError(
+            f"{images_file} has {len(images)} images, but {labels_file} {len(labels)} labels: take both of one data set"
+        )
     return images, labels
 
 

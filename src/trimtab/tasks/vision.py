@@ -87,7 +87,10 @@ def mnist(
     (inputs, targets), (test_inputs, test_targets) = (_tensors(folder, half) for half in ("train", "test"))
     border = len(targets) - VALIDATION
     if border < 1:
-        raise UsageError(f"{folder} has {len(targets)} training images, of which {VALIDATION} would be for validation")
+        raise UsageError(
+            f"{folder} has {len(targets)} training images, of which {VALIDATION} would be for validation: give "
+            "MNIST's 60,000, or as many of others"
+        )
     kept = max(1, round(border * share))
     generator = torch.Generator().manual_seed(seed_for(shuffle_seed, f"shuffled {shuffle}"))
     if shuffle == "pixels":
@@ -148,7 +151,10 @@ def classification(
     for purpose, split in splits.items():
         counts = split.targets.bincount(minlength=CLASSES)
         if len(counts) > CLASSES:
-            raise UsageError(f"{name}: the {purpose} split ({split.name}) has labels above {CLASSES - 1}")
+            raise UsageError(
+                f"{name}: the {purpose} split ({split.name}) has labels above {CLASSES - 1}: "
+                f"give data of the {CLASSES} classes from 0 to {CLASSES - 1}"
+            )
         missing = [str(label) for label in range(CLASSES) if counts[label] == 0]
         if missing:
             raise UsageError(
@@ -225,7 +231,10 @@ def _tensors(folder: Path, half: str) -> tuple[Tensor, Tensor]:
     """Images as rows of pixels from 0 to 1 and their labels."""
     images, labels = read_pair(folder, half)
     if images.shape[1:] != (28, 28):
-        raise FormatError(f"{folder} has {half} images of {images.shape[1]}×{images.shape[2]} pixels, not of 28×28")
+        raise FormatError(
+            f"{folder} has {half} images of {images.shape[1]}×{images.shape[2]} pixels, not of 28×28: "
+            "give MNIST's own, or others scaled to that"
+        )
     pixels = torch.from_numpy(images.reshape(len(images), -1).astype(np.float32)).div_(255)
     return pixels, torch.from_numpy(labels.astype(np.int64))
 
