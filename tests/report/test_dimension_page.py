@@ -56,14 +56,15 @@ def measured(
 ) -> Measured:
     """A search on a curve that meets 0.9 of the baseline at d90, scored lower than training by `gap`."""
     curve = {d: baseline / (1 + math.exp(-2 * math.log(d / d90) - math.log(9))) for d in ds}
-    scores = {d: tuple(value + 0.004 * shift for shift in (-1, 0, 1)) for d, value in curve.items()}
-    train_scores = {d: tuple(score + gap for score in own) for d, own in scores.items()}
+    scores = {d: tuple(max(value + 0.004 * shift, 0.0) for shift in (-1, 0, 1)) for d, value in curve.items()}
+    train_scores = {d: tuple(min(max(score + gap, 0.0), 1.0) for score in own) for d, own in scores.items()}
     whole, settled = (baseline - 0.002, baseline, baseline + 0.002), Plan(**plan)
     return Measured(
         D=D,
         crossing=crossing(scores, whole, settled.threshold),
         scores=scores,
         train_scores=train_scores,
+        start=(0.12, 0.12, 0.13),
         baseline=whole,
         baseline_rate=settled.lr,
         rates={d: settled.lr * (math.sqrt(D / d) if settled.lr_scale == "sqrt" else 1.0) for d in ds},
@@ -188,6 +189,9 @@ def test_the_gap_and_its_bound_stand_in_the_table() -> None:
     assert [first[name] for name in at_first] == ["250", "+0.0500", "0.5000"]
     assert [second[name] for name in at_first] == ["–", "–", "–"]
     assert second["d90"] == "above 1,000, the largest d tried"
+    assert (first["untrained"], first["chance"]) == ("0.1233", "0.1000")
+    older = one._replace(measured=dataclasses.replace(own, start=None))
+    assert comparison_table([older]).rows[0][head.index("untrained")] == "–"
     below = Measurement("c", 2, measured(200.0, gap=-0.03), about())
     assert comparison_table([below, one]).rows[0][head.index("gap at first d")] == "−0.0300"
 
@@ -237,7 +241,7 @@ def test_what_differs_stands_apart_from_what_is_shared(tmp_path: Path) -> None:
     assert "betas" not in section(page, "differing")
     assert "betas" in section(page, "protocol")
     assert "epochs" not in section(page, "protocol")
-    assert "They were not trained alike (epochs): d90 depends on that too" in page
+    assert "They were not trained alike (epochs): the dimension depends on that too" in page
 
 
 def test_the_sentences_judge_by_the_intervals() -> None:
@@ -251,6 +255,15 @@ def test_the_sentences_judge_by_the_intervals() -> None:
     assert comparison_sentences([low, few])[-1].endswith("no interval, or a very wide one: few")
 
 
+def test_a_dimension_is_called_by_its_threshold_on_the_page_too(tmp_path: Path) -> None:
+    for threshold, name in ((Threshold("local", 0.8), "d80"), (Threshold("absolute", 0.8), "The intrinsic dimension")):
+        own = [Measurement(str(d), int(d), measured(d, threshold=threshold), about()) for d in (120.0, 480.0)]
+        assert comparison_sentences(own)[0].startswith(f"{name} is least for 120.0, ")
+        assert comparison_table(own).head[3] == name.removeprefix("The ")
+        for page in (write_comparison(own, tmp_path / "c"), write_series(own, "made up", "step", tmp_path / "s")):
+            assert "d90" not in page.read_text()
+
+
 def of(label: str, ds: Sequence[int], d90: float) -> Measurement:
     """A search that tried exactly these d."""
     return Measurement(label, 0, measured(d90, ds=ds), about())
@@ -262,7 +275,7 @@ def test_what_has_no_dimension_is_neither_least_nor_largest() -> None:
     assert (below.measured.crossing.d, below.measured.crossing.high, above.measured.crossing.low) == (0, 0, math.inf)
     one, rest, _ = comparison_sentences([below, small])
     assert one.startswith("d90 of small is ")
-    assert rest == "Without a d90 within the d that were tried: below at most 100, the smallest d tried"
+    assert rest == "Without one within the d that were tried: below at most 100, the smallest d tried"
     least, apart, rest, _ = comparison_sentences([below, large, above, small])
     assert "least for small, " in least
     assert "largest for large, " in least
@@ -349,7 +362,8 @@ def test_metric_split_and_how_runs_are_trained_stand_in_the_sentences() -> None:
     own, plan = about(**TRAINED), {"lr": 2e-3, "rates": (0.5, 1.0, 2.0)}
     first, protocol, *_ = sentences(measured(**plan), own)
     assert "where accuracy on 400 test rows reaches" in first
-    assert "chance at 0.1" in first
+    assert "θ0 at 0.1233 untrained and chance at 0.1" in first
+    assert "untrained" not in sentences(dataclasses.replace(measured(), start=None), own)[0], "of an older result"
     assert protocol == (
         "Each run was trained with 3 epochs, batches of 32, optimizer sgd, L2 0.0001, mode said, projection uni, "
         "learning rate 0.002 for all parameters and times √(D/d) in a subspace, each times the best of 0.5, 1, 2 by "
@@ -388,7 +402,7 @@ def test_the_interval_of_what_lies_beyond_the_d_tried_is_told_where_it_has_an_en
     above, below = measured(1e6), measured(1.0)
     for own, end, words in (
         (above, {"low": 700.0}, "above 1,000, the largest d tried; from 700 on by its interval"),
-        (below, {"high": 66.6}, "at most 50, the smallest d tried; up to 66.6 by its interval"),
+        (below, {"high": 66.6}, "at most 50, the smallest d tried; up to 67 by its interval"),
     ):
         assert told(dataclasses.replace(own, crossing=dataclasses.replace(own.crossing, **end))) == words
 
