@@ -120,7 +120,8 @@ def take_baselines(runs: Runs, name: str, out: Path) -> None:
 
 def tell(run: Any, outcome: Any) -> None:
     """A line for each run as it ends."""
-    print(f"  d {run.d or 'all'} seed {run.seed}: {outcome.test:.4f} in {outcome.seconds:.0f} s", flush=True)
+    what = "all parameters" if run.d is None else f"d {run.d}" if run.d else "θ0"
+    print(f"  {what} seed {run.seed}: {outcome.test:.4f} in {outcome.seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
