@@ -193,6 +193,20 @@ def test_a_key_that_is_no_json_is_told_with_what_to_do(tmp_path: Path, capsys) -
     assert re.search(r"search\.json is not JSON: .*: choose another folder, or empty this one", capsys.readouterr().err)
 
 
+def test_a_d_that_a_projection_has_no_room_for_is_refused_before_any_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr("trimtab.subspace.matrices.MATRIX_BYTES", 4 * 1000 * 9)
+    flags = ["measure", "dimension", *TOY, "--projection", "dense", "--out", str(tmp_path / "out")]
+    assert run([*flags, "--grid", "8,10"]) == 2
+    assert "d is 10, but must be at least 1 and at most 9, beyond which this projection" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert run([*flags, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["found"], told["crossing"]["d"], list(told["scores"])) == ("above", None, ["9"])
+    assert "is above 9, the largest d tried" in told["sentences"][0]
+
+
 def test_a_threshold_that_guessing_passes_is_refused(capsys) -> None:
     assert run(["measure", "dimension", *QUICK, "--epochs", "1", "--share", "0.1"]) == 1
     assert "any d would pass" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from trimtab.subspace import blocks, matrices
 from trimtab.subspace.blocks import Fastfood, FastfoodBlocks
 from trimtab.subspace.draws import GENERATOR
 from trimtab.subspace.linear import Projection
-from trimtab.subspace.projection import PROJECTIONS, make_projection
+from trimtab.subspace.projection import PROJECTIONS, make_projection, most_dimensions
 
 KINDS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in PROJECTIONS),
@@ -408,3 +408,15 @@ class Storages(torch.utils._python_dispatch.TorchDispatchMode):
                 self._alive.append(result)  # an address freed meanwhile could be another tensor's
                 self.bytes.append(result.untyped_storage().nbytes())
         return result
+
+
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_the_largest_d_there_is_room_for_can_be_made_and_no_larger_one(name: str) -> None:
+    sizes = [2_000_000, 9_000_000]
+    most = most_dimensions(name, sizes)
+    assert make_projection(name, sizes, most, 0).d == most  # nothing is drawn before it is used
+    with pytest.raises(UsageError, match="must be from 1 to|above the limit of 8"):
+        make_projection(name, sizes, most + 1, 0)
+    assert most == sum(sizes) or name in ("dense", "sparse", "sparse-global")
+    assert most_dimensions("dense", sizes) == 8 * 2**30 // (4 * sum(sizes))
+    assert most_dimensions(name, [30, 7]) == 37
