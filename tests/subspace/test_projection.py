@@ -415,7 +415,7 @@ def test_the_largest_d_there_is_room_for_can_be_made_and_no_larger_one(name: str
     sizes = [2_000_000, 9_000_000]
     most = most_dimensions(name, sizes)
     assert make_projection(name, sizes, most, 0).d == most  # nothing is drawn before it is used
-    with pytest.raises(UsageError, match="must be from 1 to|above the limit of 8"):
+    with pytest.raises(UsageError, match=r"must be from 1 to|above the limit of 8"):
         make_projection(name, sizes, most + 1, 0)
     assert most == sum(sizes) or name in ("dense", "sparse", "sparse-global")
     assert most_dimensions("dense", sizes) == 8 * 2**30 // (4 * sum(sizes))
