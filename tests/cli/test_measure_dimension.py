@@ -80,7 +80,7 @@ def test_the_runs_that_were_trained_are_counted_and_nobody_knows_how_many_there_
         (["--grid", "0,5"], "d is 0, but must be at least 1"),
         (["--grid", "5,1000000"], "d is 1000000, but must be at least 1 and at most D ="),
         (["--grid", "five"], "must be numbers with commas between them, or li2018 or aghajanyan2020"),
-        (["--grid", ","], "there is no d up to D ="),
+        (["--grid", ","], "in which there is no d from 1 to 2,410"),
         (["--rates-at", "first"], "--rates-at is for several --rates"),
         (["--reuse", "/nowhere"], "/nowhere/search.json does not exist"),
         (["--projection", "none"], "unknown projection 'none'"),
@@ -177,14 +177,22 @@ def test_a_place_that_cannot_be_written_is_told_before_anything_is_read(tmp_path
     assert f"{tmp_path / 'file'} is a file, not a folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "said"), [("runs.jsonl", "cannot read"), ("search.json", "cannot read")])
-def test_folders_where_files_belong_are_refused(name: str, said: str, tmp_path: Path, capsys) -> None:
-    (tmp_path / "search.json").write_text("{}")
+def test_a_file_is_not_taken_for_a_task_that_is_called_like_it(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "toy").write_text("")
+    assert run(["measure", "dimension", *TOY, "--grid", "8,12"]) == 0
+    assert run(["measure", "dimension", "--task", "./toy"]) == 2
+    assert "./toy is for a pretrained model to learn" in capsys.readouterr().err
+    assert run(["measure", "dimension", "--task", "x" * 300]) == 2
+
+
+@pytest.mark.parametrize("name", ["runs.jsonl", "search.json"])
+def test_folders_where_files_belong_are_refused(name: str, tmp_path: Path, capsys) -> None:
     assert run(["measure", "dimension", *TOY, "--grid", "8,12", "--out", str(tmp_path / "whole"), "--quiet"]) == 0
     (tmp_path / "whole" / name).unlink()
     (tmp_path / "whole" / name).mkdir()
     assert run(["measure", "dimension", *TOY, "--grid", "8,12", "--out", str(tmp_path / "whole")]) == 2
-    assert said in capsys.readouterr().err
+    assert "cannot read" in capsys.readouterr().err
 
 
 def test_a_key_that_is_no_json_is_told_with_what_to_do(tmp_path: Path, capsys) -> None:

@@ -415,6 +415,12 @@ def test_one_seed_is_told_without_an_interval() -> None:
     assert "One seed has no interval: take 3 or more" in rest
 
 
+def test_one_seed_says_nothing_of_falling_or_of_which_is_larger() -> None:
+    series = [Measurement(f"step-{at}", at, measured(d90, seeds=1), about()) for at, d90 in ((0, 500.0), (1, 60.0))]
+    assert "One seed has no interval, so these runs do not say that it falls or rises" in series_sentences(series, "x")
+    assert "One seed has no interval, so these runs do not say which is larger" in comparison_sentences(series)
+
+
 @pytest.mark.parametrize(
     ("threshold", "start", "words"),
     [

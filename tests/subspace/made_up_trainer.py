@@ -58,6 +58,16 @@ def trainer(
     )
 
 
+def knowing_trainer(broken: bool) -> Callable[[Run], Outcome]:
+    """θ0 has a loss that is no number, or solves all."""
+
+    def train(run: Run) -> Outcome:
+        loss = math.nan if broken else 0.1
+        return Outcome(run.seed, D if run.d is None else run.d, run.lr, 0.9, 0.9, 0.9, loss, 0.1, 0.0, 1, False)
+
+    return train
+
+
 def killed_trainer() -> Callable[[Run], Outcome]:
     """Its process ends as one does that the system kills."""
     return lambda run: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[return-value]

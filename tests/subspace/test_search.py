@@ -13,8 +13,10 @@ import time
 from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
 
 import made_up_trainer
+import numpy as np
 import pytest
 from made_up_trainer import D
 
@@ -400,6 +402,21 @@ def test_a_loss_that_is_no_number_is_refused_before_any_training() -> None:
     with pytest.raises(NoDimension, match="no number before any training: weights of the model, or its data"):
         found(own)
     assert {run.d for run in own.known} == {0}
+
+
+@pytest.mark.parametrize("plan", [{"rates": (1.0, 4.0, 16.0)}, {"threshold": Threshold("absolute", 0.85)}])
+def test_no_worker_trains_before_the_start_is_known_to_be_of_use(plan: dict[str, Any]) -> None:
+    own = Runs(functools.partial(made_up_trainer.knowing_trainer, plan.get("threshold") is None), {}, workers=2)
+    with pytest.raises(NoDimension, match="before any training"):
+        found(own, **plan)
+    assert {run.d for run in own.known} == {0}
+
+
+def test_a_share_of_one_is_no_more_than_the_baseline_itself() -> None:
+    baseline = (0.9783, 0.9545, 0.9589, 0.9524, 0.9749, 0.9585, 0.9677, 0.9655)
+    assert sum(baseline) / len(baseline) < np.mean(baseline)  # to the last bit
+    own = found(runs_of(lambda run: (baseline[run.seed],) * 3), seeds=8, threshold=Threshold("local", 1.0))
+    assert own.crossing.threshold == own.mean_baseline
 
 
 @pytest.mark.parametrize(("score", "clear"), [(0.519, False), (0.521, True)])

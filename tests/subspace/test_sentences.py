@@ -306,6 +306,45 @@ def test_a_checkpoint_without_a_threshold_does_not_end_the_series(setting: Setti
     assert not (tmp_path / "out" / "step-0" / "results.json").exists()
 
 
+def test_a_series_takes_what_there_is_of_an_earlier_one(setting: Setting, tmp_path: Path, capsys) -> None:
+    series = [str(make_folder(tmp_path / f"step-{step}")) for step in range(4)]
+    flags = ["--task", str(setting.data), "--test-data", str(setting.test), *QUICK]
+    assert command(["measure", "dimension", "--checkpoints", *series[:2], *flags, "--out", str(tmp_path / "old")]) == 0
+    capsys.readouterr()
+    flags += ["--reuse", str(tmp_path / "old"), "--out", str(tmp_path / "new")]
+    assert command(["measure", "dimension", "--checkpoints", *series[1:3], *flags]) == 0
+    assert "old holds no runs of step-2: all of its own are trained" in capsys.readouterr().err
+    kept = [(tmp_path / folder / "step-1" / "runs.jsonl").read_text() for folder in ("old", "new")]
+    assert kept[0] == kept[1]
+    assert command(["measure", "dimension", "--checkpoints", *series[2:], *flags]) == 2
+    assert "old holds the runs of none of these checkpoints: step-2, step-3" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_has_no_dimension_any_more_keeps_no_result_of_an_earlier_threshold(
+    setting: Setting, tmp_path: Path, capsys
+) -> None:
+    series = [str(make_folder(tmp_path / name)) for name in ("step-0", "step-100")]
+    flags = ["--task", str(setting.data), "--test-data", str(setting.test), *QUICK, "--out", str(tmp_path / "out")]
+    assert command(["measure", "dimension", "--checkpoints", *series, *flags]) == 0
+    own = tmp_path / "out" / "step-0"
+    runs = [json.loads(line) for line in (own / "runs.jsonl").read_text().splitlines()]
+    for line in runs:
+        line["outcome"]["diverged"] = line["run"]["d"] is None
+    (own / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in runs))
+    assert command(["measure", "dimension", "--checkpoints", *series, *flags]) == 0
+    assert "step-0 is not measured" in capsys.readouterr().err
+    assert sorted(path.name for path in own.iterdir()) == ["runs.jsonl", "search.json"]
+
+
+def test_numbers_as_classes_are_in_the_order_of_numbers(setting: Setting, tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("train.tsv", "test.tsv")]
+    for file in files:
+        rows = [f"{file.stem} text {label} {i}\t{label}" for label in range(12) for i in range(20)]
+        file.write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+    given = dataclasses.replace(setting, data=str(files[0]), test=str(files[1]), rows=None, test_rows=None)
+    assert read_splits(given).classes == tuple(map(str, range(12)))
+
+
 def test_a_series_of_which_nothing_can_be_measured_is_an_error(setting: Setting, tmp_path: Path, capsys) -> None:
     series = [str(broken(tmp_path / name)) for name in ("step-0", "step-100")]
     flags = ["--task", str(setting.data), "--test-data", str(setting.test), *QUICK]

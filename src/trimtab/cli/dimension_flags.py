@@ -52,7 +52,7 @@ class DimensionFlags:
     seeds: int = option(3, "runs at every d: start (of a pretrained model, its head), projection and order differ")
     grid: str | None = option(
         None,
-        "try exactly these d, as 100,200,500, instead of searching; li2018 or aghajanyan2020: that paper's, up to D",
+        "try exactly these d, as 100,200,500, instead of searching; li2018 or aghajanyan2020: a paper's",
     )
     start: int | None = option(None, "the first d of the search; by default √D")
     resolution: float = option(1.2, "how far apart, as a ratio, the d may be between which the dimension is found")
@@ -121,7 +121,7 @@ def refuse_idle(flags: DimensionFlags) -> None:
 def _refuse_task(flags: DimensionFlags) -> None:
     """UsageError for a task that is not there, before a model is fetched or read, and for flags it does not have."""
     task, changed = flags.task, _changed(flags)
-    own = Path(task).expanduser().is_file()
+    own = own_file(task) is not None
     if is_of_model(flags) and not own and task not in KNOWN:
         why = f"{task} has a net of its own" if task in PROBLEMS else f"there is no file {task}"
         raise UsageError(f"{why}: with a model --task is {', '.join(KNOWN)} or a file of sentences with their labels")
@@ -132,6 +132,15 @@ def _refuse_task(flags: DimensionFlags) -> None:
         *most, last = OF_SOME[foreign[0]]
         known = f"{', '.join(most)} and {last}" if most else last
         raise UsageError(f"--{foreign[0]} is for {known}, not for {task}")
+
+
+def own_file(task: str) -> Path | None:
+    """The file that --task names. The name of a known task goes before a file of that name, which is then ./name."""
+    path = Path(task).expanduser()
+    try:
+        return path if task not in (*KNOWN, *PROBLEMS) and path.is_file() else None
+    except OSError:  # a name that is longer than any file's
+        return None
 
 
 def is_of_model(flags: DimensionFlags) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.cli.common import Screen, find_model, load_libraries, options
-from trimtab.cli.dimension_flags import DimensionFlags, projection_of, rates_of, refuse_idle
+from trimtab.cli.dimension_flags import DimensionFlags, own_file, projection_of, rates_of, refuse_idle
 from trimtab.cli.measure import show_table
 from trimtab.errors import UsageError
 from trimtab.files import refuse_unwritable
@@ -82,7 +82,7 @@ def _series(flags: DimensionFlags, screen: Screen) -> dict[str, Any]:
     """Every checkpoint in a folder of its own within --out; then what the series comes to."""
     from trimtab.report.dimension_comparison import comparison_table, series_results, write_series
     from trimtab.report.dimension_results import Unmeasured
-    from trimtab.subspace.runs import refuse_other_search
+    from trimtab.subspace.runs import MADE_WITH, refuse_other_search, refuse_unlike
     from trimtab.subspace.search import NoDimension
     from trimtab.subspace.series import checkpoints_of, refuse_other_shapes
 
@@ -93,6 +93,16 @@ def _series(flags: DimensionFlags, screen: Screen) -> dict[str, Any]:
     for label, subject in subjects.items():  # before the first of them is trained
         if flags.out is not None:
             refuse_other_search(Path(flags.out) / label, subject.about)
+    if flags.reuse is not None:
+        there = {label for label in subjects if (Path(flags.reuse) / label / MADE_WITH).exists()}
+        if not there:
+            raise UsageError(f"{flags.reuse} holds the runs of none of these checkpoints: {', '.join(subjects)}")
+        for label, subject in subjects.items():
+            if label in there:
+                refuse_unlike(Path(flags.reuse) / label, subject.about)
+            else:
+                screen.warn(f"{flags.reuse} holds no runs of {label}: all of its own are trained")
+                own[label] = dataclasses.replace(own[label], reuse=None)
     series = [
         _checkpoint(own[label], subject, label, steps.get(label, place), screen)
         for place, (label, subject) in enumerate(subjects.items())
@@ -115,8 +125,8 @@ def _checkpoint(
     flags: DimensionFlags, subject: Subject, label: str, at: int, screen: Screen
 ) -> Measurement | Unmeasured:
     """One of a series, in a folder of its own within --out; without a threshold, the series goes on."""
-    from trimtab.report.dimension_page import write_dimension
-    from trimtab.report.dimension_results import Measurement, Unmeasured
+    from trimtab.report.dimension_page import PAGE, write_dimension
+    from trimtab.report.dimension_results import RESULTS, Measurement, Unmeasured
     from trimtab.subspace.search import NoDimension
 
     within, reuse = (str(Path(folder) / label) if folder is not None else None for folder in (flags.out, flags.reuse))
@@ -124,6 +134,9 @@ def _checkpoint(
         measured, about = _one(dataclasses.replace(flags, out=within, reuse=reuse), subject, screen)
     except NoDimension as error:
         screen.warn(f"{label} is not measured: {error}")
+        if within is not None:  # what stands there is of an earlier threshold
+            for name in (RESULTS, PAGE):
+                (Path(within) / name).unlink(missing_ok=True)
         return Unmeasured(label, at, subject.title, subject.D, error.reason, str(error))
     if within is not None:
         write_dimension(measured, about, Path(within))
@@ -178,7 +191,7 @@ def _drawn(flags: DimensionFlags) -> dict[str, Any]:
 def _setting(flags: DimensionFlags, model: str) -> Setting:
     from trimtab.subspace.sentences import Setting
 
-    own = Path(flags.task).expanduser().is_file()
+    own = own_file(flags.task) is not None
     if own and flags.data_dir is not None:
         raise UsageError(f"--data-dir is for a task with files of its own, but {flags.task} is a file: leave it out")
     given: dict[str, Any] = {"epochs": flags.epochs, "batch_size": flags.batch_size}
@@ -265,7 +278,7 @@ def _plan(flags: DimensionFlags, subject: Subject) -> Plan:
         threshold=Threshold(flags.threshold, flags.share),
         resolution=flags.resolution,
         start=flags.start,
-        grid=() if flags.grid is None else _grid(flags.grid, subject.D),
+        grid=() if flags.grid is None else _grid(flags.grid, subject),
         lr=subject.lr if flags.lr is None else flags.lr,
         lr_scale=flags.lr_scale,
         rates=tuple(_numbers("rates", rates, float)),
@@ -273,16 +286,16 @@ def _plan(flags: DimensionFlags, subject: Subject) -> Plan:
     )
 
 
-def _grid(text: str, D: int) -> tuple[int, ...]:
-    """Numbers, or those of a paper up to D."""
+def _grid(text: str, subject: Subject) -> tuple[int, ...]:
+    """Numbers, or those of a paper that can be trained."""
     from trimtab.subspace.crossing import GRIDS
 
     if text not in GRIDS:
         found = tuple(_numbers("grid", text, int, f", or {' or '.join(GRIDS)}"))
     else:
-        found = tuple(d for d in GRIDS[text] if d <= D)
+        found = tuple(d for d in GRIDS[text] if subject.least <= d <= subject.most)
     if not found:
-        raise UsageError(f"grid is '{text}', in which there is no d up to D = {D:,}")
+        raise UsageError(f"grid is '{text}', in which there is no d from {subject.least} to {subject.most:,}")
     return found
 
 

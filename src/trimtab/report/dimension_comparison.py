@@ -58,13 +58,19 @@ def _first_and_last(series: Sequence[Measurement], title: str) -> list[str]:
         return [f"{start}, the threshold being {threshold}"]
     said = [f"{start} and {told(last.measured)} at {last.label}, the threshold of each being {threshold}"]
     (first_low, first_high), (last_low, last_high) = first.bounds, last.bounds
-    if last_high < first_low:
+    if not _have_intervals(first, last):
+        said.append("One seed has no interval, so these runs do not say that it falls or rises")
+    elif last_high < first_low:
         said.append("It falls along the series: the intervals of the first and the last are apart")
     elif first_high < last_low:
         said.append("It rises along the series: the intervals of the first and the last are apart")
     else:
         said.append("The intervals of the first and the last meet, so these runs do not say that it falls or rises")
     return said
+
+
+def _have_intervals(*several: Measurement) -> bool:
+    return all(one.measured.plan.seeds > 1 for one in several)
 
 
 def comparison_sentences(several: Sequence[Measurement]) -> list[str]:
@@ -91,7 +97,9 @@ def _least_and_largest(found: Sequence[Measurement], threshold: Threshold) -> li
         return [f"{name} of {least.label} is {told(least.measured)}; the threshold of each is {threshold}"]
     said = f"{name} is least for {least.label}, {told(least.measured)}, and largest for {most.label}, "
     apart = "The intervals of the two meet, so these runs do not say which is larger"
-    if least.bounds[1] < most.bounds[0]:
+    if not _have_intervals(least, most):
+        apart = "One seed has no interval, so these runs do not say which is larger"
+    elif least.bounds[1] < most.bounds[0]:
         apart = "The intervals of the two are apart"
     return [f"{said}{told(most.measured)}; the threshold of each is {threshold}", apart]
 

@@ -13,11 +13,13 @@ from trimtab.report.direction_tables import Table
 from trimtab.report.template import filled
 from trimtab.subspace.search import Measured
 
+PAGE = "report.html"
+
 
 def write_dimension(measured: Measured, about: Told, out: Path) -> Path:
     """Write results.json and report.html into a folder; returns the page."""
     write_whole(out / RESULTS, as_json(result(measured, about)))
-    return write_whole(out / "report.html", render(measured, about))
+    return write_whole(out / PAGE, render(measured, about))
 
 
 def render(measured: Measured, about: Told) -> str:

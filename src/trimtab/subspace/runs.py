@@ -83,8 +83,7 @@ class Runs:
 
         Raises UsageError where they differ in anything else, and for a folder that holds no search.
         """
-        differing = _differing(folder, self._about)
-        _refuse(folder, {key: pair for key, pair in differing.items() if key not in OF_SUBSPACES})
+        differing = refuse_unlike(folder, self._about)
         for run, outcome in _stored(folder, repair=False).items():  # a search may be going on there
             if run not in self._known and (not run.d or not differing):
                 self._known[run] = outcome
@@ -181,6 +180,14 @@ def refuse_other_search(folder: Path, about: Mapping[str, Any]) -> None:
         _refuse(folder, _differing(folder, about))
     elif (folder / RUNS).exists():
         raise UsageError(f"{folder / RUNS} is there without {MADE_WITH}: choose another folder, or empty this one")
+
+
+def refuse_unlike(folder: Path, about: Mapping[str, Any]) -> Mapping[str, tuple[Any, Any]]:
+    """How the subspaces of another search differ from those of this one: (there, here) by key. UsageError where they
+    differ in more than that, so that no run of the one is a run of the other."""
+    differing = _differing(folder, about)
+    _refuse(folder, {key: pair for key, pair in differing.items() if key not in OF_SUBSPACES})
+    return differing
 
 
 def _differing(folder: Path, about: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

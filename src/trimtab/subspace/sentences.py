@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from trimtab.adapt.module import modes_kept
 from trimtab.data.label_batch import LabelledBatch, LabelledExample, pad_labelled
-from trimtab.data.labelled import LabelledRow, check_classes, hold_out
+from trimtab.data.labelled import LabelledRow, check_classes, class_names, hold_out
 from trimtab.errors import UsageError, problems_to_error
 from trimtab.files import name_of
 from trimtab.models.classifier import Classifier, load_classifier
@@ -132,7 +132,7 @@ def read_splits(setting: Setting) -> Splits:
     if scored.exists() and scored.samefile(files("train")):
         raise UsageError(f"{scored} is not to be scored on what it teaches: name another file with --test-data")
     test = task.rows(scored)
-    classes = task.classes or tuple(sorted({row.label for row in rows}))
+    classes = task.classes or class_names(rows, files("train").name)
     check_classes(test, classes, scored.name, each=False)
     if known and "dev" in known.splits:
         validation = task.rows(files("dev"))
