@@ -121,7 +121,7 @@ def refuse_idle(flags: DimensionFlags) -> None:
 def _refuse_task(flags: DimensionFlags) -> None:
     """UsageError for a task that is not there, before a model is fetched or read, and for flags it does not have."""
     task, changed = flags.task, _changed(flags)
-    own = own_file(task) is not None
+    own = is_file(task)
     if is_of_model(flags) and not own and task not in KNOWN:
         why = f"{task} has a net of its own" if task in PROBLEMS else f"there is no file {task}"
         raise UsageError(f"{why}: with a model --task is {', '.join(KNOWN)} or a file of sentences with their labels")
@@ -134,13 +134,12 @@ def _refuse_task(flags: DimensionFlags) -> None:
         raise UsageError(f"--{foreign[0]} is for {known}, not for {task}")
 
 
-def own_file(task: str) -> Path | None:
-    """The file that --task names. The name of a known task goes before a file of that name, which is then ./name."""
-    path = Path(task).expanduser()
+def is_file(task: str) -> bool:
+    """Whether --task names a file. A known task goes before a file that is called like it, which is then ./name."""
     try:
-        return path if task not in (*KNOWN, *PROBLEMS) and path.is_file() else None
+        return task not in (*KNOWN, *PROBLEMS) and Path(task).expanduser().is_file()
     except OSError:  # a name that is longer than any file's
-        return None
+        return False
 
 
 def is_of_model(flags: DimensionFlags) -> bool:

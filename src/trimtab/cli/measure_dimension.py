@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.cli.common import Screen, find_model, load_libraries, options
-from trimtab.cli.dimension_flags import DimensionFlags, own_file, projection_of, rates_of, refuse_idle
+from trimtab.cli.dimension_flags import DimensionFlags, is_file, projection_of, rates_of, refuse_idle
 from trimtab.cli.measure import show_table
 from trimtab.errors import UsageError
 from trimtab.files import refuse_unwritable
@@ -191,7 +191,7 @@ def _drawn(flags: DimensionFlags) -> dict[str, Any]:
 def _setting(flags: DimensionFlags, model: str) -> Setting:
     from trimtab.subspace.sentences import Setting
 
-    own = own_file(flags.task) is not None
+    own = is_file(flags.task)
     if own and flags.data_dir is not None:
         raise UsageError(f"--data-dir is for a task with files of its own, but {flags.task} is a file: leave it out")
     given: dict[str, Any] = {"epochs": flags.epochs, "batch_size": flags.batch_size}
