@@ -11,7 +11,7 @@ is trained for 20 epochs: the projections on a grid of d, since a step with a de
 the runs of all parameters shared, which do not depend on them; fc-shuffled beside projection-fastfood-blocks, on the
 same grid; and lenet-shuffled beside lenet-short. --epochs: in the place of either, for a trial in an --out of its own.
 Prints the protocol of each measurement, a line for each run, and d90 by the global and by the local threshold with the
-first crossing of each.
+first crossing of each and the minutes until it was found, of the local one since the global one was begun.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import time
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -98,16 +99,21 @@ def one(name: str, flags: argparse.Namespace) -> None:
     plan = Plan(seeds=flags.seeds, start=asked.start, factor=2, grid=asked.grid, lr=subject.lr, lr_scale="none")
     told_of = protocol_of(subject.about, plan)
     print(f"{name}: {', '.join(f'{key} {value}' for key, value in told_of.items())}", flush=True)
-    found = {}
+    found, minutes = {}, {}
+    began = time.perf_counter()
     with closing(Runs(subject.make, subject.about, flags.out / name, workers=flags.workers, told=tell)) as runs:
         take_baselines(runs, name, flags.out)
         for mode in ("global", "local"):
             own = dataclasses.replace(plan, threshold=Threshold(mode, 0.9))
             found[mode] = measure(runs, subject.D, own, scored=subject.scored, chosen=subject.chosen)
+            minutes[mode] = (time.perf_counter() - began) / 60
     label = Told(f"{subject.title} ({name})", subject.metric, subject.split, subject.n, told_of)
     for mode, measured in found.items():
         write_whole(flags.out / name / mode / RESULTS, as_json(result(measured, label)))
-    lines = [f"{mode} {told(measured)}, first crossing {measured.crossing.first}" for mode, measured in found.items()]
+    lines = [
+        f"{mode} {told(measured)}, first crossing {measured.crossing.first}, after {minutes[mode]:.1f} min"
+        for mode, measured in found.items()
+    ]
     print(f"{name}: {'; '.join(lines)}", flush=True)
 
 
