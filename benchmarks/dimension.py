@@ -28,8 +28,9 @@ from typing import Any
 from trimtab.files import write_whole
 from trimtab.report.dimension_results import RESULTS, Told, as_json, protocol_of, result, told
 from trimtab.subspace.crossing import Threshold
+from trimtab.subspace.plan import Plan
 from trimtab.subspace.runs import MADE_WITH, Runs
-from trimtab.subspace.search import Plan, measure
+from trimtab.subspace.search import measure
 from trimtab.subspace.subject import of_problem
 from trimtab.tasks.problems import make_problem
 

@@ -22,8 +22,10 @@ import numpy as np
 
 from trimtab.files import write_whole
 from trimtab.subspace.crossing import LEVEL, Threshold
+from trimtab.subspace.judged import Judged
+from trimtab.subspace.plan import Plan
 from trimtab.subspace.runs import Run, Runs
-from trimtab.subspace.search import Judged, Plan, measure
+from trimtab.subspace.search import measure
 from trimtab.subspace.training import Outcome
 
 D, BASELINE, CHANCE, SHARE = 100_000, 0.97, 0.5, 0.9

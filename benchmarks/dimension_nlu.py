@@ -25,7 +25,7 @@ from pathlib import Path
 
 from trimtab.cli import measure_dimension
 from trimtab.files import read_json
-from trimtab.subspace.search import NoDimension
+from trimtab.subspace.judged import NoDimension
 
 SETTINGS = {
     "sst2": ("--rows", "1500", "--test-rows", "1800", "--epochs", "3", "--resolution", "2"),

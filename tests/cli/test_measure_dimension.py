@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_classifier import lines, make_folder, write_table
 from trimtab.cli import run
 from trimtab.subspace.crossing import GRIDS
-from trimtab.subspace.search import SWEEP_SEED
+from trimtab.subspace.plan import SWEEP_SEED
 
 QUICK = ["--workers", "1", "--seeds", "2"]
 TOY = ["--task", "toy", "--threshold", "absolute", "--share", "0.99", "--lr-scale", "none", *QUICK]

@@ -37,7 +37,8 @@ from trimtab.report.dimension_results import (
     told,
 )
 from trimtab.subspace.crossing import Threshold, crossing
-from trimtab.subspace.search import Measured, Plan
+from trimtab.subspace.measured import Measured
+from trimtab.subspace.plan import Plan
 
 PROTOCOL = {"task": "made up", "projection": "uni", "weights": "0f0f", "epochs": 3, "betas": (0.9, 0.99), "lr": 1e-3}
 

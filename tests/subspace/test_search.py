@@ -22,8 +22,11 @@ from made_up_trainer import D
 
 from trimtab.errors import FormatError, TrimtabError, UsageError
 from trimtab.subspace.crossing import Threshold
+from trimtab.subspace.judged import Judged, NoDimension
+from trimtab.subspace.measured import Measured
+from trimtab.subspace.plan import SWEEP_SEED, Plan
 from trimtab.subspace.runs import Run, Runs
-from trimtab.subspace.search import SWEEP_SEED, Judged, Measured, NoDimension, Plan, measure
+from trimtab.subspace.search import measure
 from trimtab.subspace.training import Outcome
 
 
@@ -283,7 +286,9 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import made_up_trainer
 from trimtab.subspace.runs import Runs
-from trimtab.subspace.search import Judged, Plan, measure
+from trimtab.subspace.judged import Judged
+from trimtab.subspace.plan import Plan
+from trimtab.subspace.search import measure
 make = functools.partial(made_up_trainer.trainer, notes=Path({notes!r}), seconds=0.1)
 if __name__ == "__main__":
     runs = Runs(make, {{"task": "made up"}}, Path({folder!r}), workers={workers})

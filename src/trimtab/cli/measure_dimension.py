@@ -21,7 +21,8 @@ from trimtab.tasks.problems import PROBLEMS, make_problem
 if TYPE_CHECKING:
     from trimtab.report.dimension_results import Measurement, Told, Unmeasured
     from trimtab.report.direction_tables import Table
-    from trimtab.subspace.search import Measured, Plan
+    from trimtab.subspace.measured import Measured
+    from trimtab.subspace.plan import Plan
     from trimtab.subspace.sentences import Setting
     from trimtab.subspace.subject import Subject
     from trimtab.tasks.problem import Problem, Protocol
@@ -82,8 +83,8 @@ def _series(flags: DimensionFlags, screen: Screen) -> dict[str, Any]:
     """Every checkpoint in a folder of its own within --out; then what the series comes to."""
     from trimtab.report.dimension_comparison import comparison_table, series_results, write_series
     from trimtab.report.dimension_results import Unmeasured
+    from trimtab.subspace.judged import NoDimension
     from trimtab.subspace.runs import MADE_WITH, refuse_other_search, refuse_unlike
-    from trimtab.subspace.search import NoDimension
     from trimtab.subspace.series import checkpoints_of, refuse_other_shapes
 
     given, steps = checkpoints_of(flags.checkpoints)
@@ -127,7 +128,7 @@ def _checkpoint(
     """One of a series, in a folder of its own within --out; without a threshold, the series goes on."""
     from trimtab.report.dimension_page import PAGE, write_dimension
     from trimtab.report.dimension_results import RESULTS, Measurement, Unmeasured
-    from trimtab.subspace.search import NoDimension
+    from trimtab.subspace.judged import NoDimension
 
     within, reuse = (str(Path(folder) / label) if folder is not None else None for folder in (flags.out, flags.reuse))
     try:
@@ -268,7 +269,7 @@ def _measured(flags: DimensionFlags, subject: Subject, plan: Plan, screen: Scree
 
 def _plan(flags: DimensionFlags, subject: Subject) -> Plan:
     from trimtab.subspace.crossing import Threshold
-    from trimtab.subspace.search import Plan
+    from trimtab.subspace.plan import Plan
 
     if flags.workers is not None and flags.workers < 1:
         raise UsageError(f"workers is {flags.workers}, but must be at least 1")

@@ -11,7 +11,7 @@ from trimtab.report.dimension_plots import accuracy_by_dimension
 from trimtab.report.dimension_results import RESULTS, Told, as_json, result, sentences
 from trimtab.report.direction_tables import Table
 from trimtab.report.template import filled
-from trimtab.subspace.search import Measured
+from trimtab.subspace.measured import Measured
 
 PAGE = "report.html"
 

@@ -12,7 +12,7 @@ import numpy as np
 from trimtab.report.dimension_results import Measurement, told
 from trimtab.report.svg import ACCENT, BEFORE, INK, MUTED, SECOND, draw
 from trimtab.subspace.crossing import curve
-from trimtab.subspace.search import Measured
+from trimtab.subspace.measured import Measured
 
 DASHED = (0, (4, 2))
 D90 = "intrinsic dimension"

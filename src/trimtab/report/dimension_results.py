@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from trimtab.errors import TrimtabError, UsageError
 from trimtab.files import read_json
 from trimtab.subspace.crossing import Threshold
-from trimtab.subspace.search import MALFORMED, Measured, Plan
+from trimtab.subspace.measured import MALFORMED, Measured
+from trimtab.subspace.plan import Plan
 
 RESULTS = "results.json"
 UNSAID = {"optimizer": "adam", "betas": (0.9, 0.999), "l2": 0.0}

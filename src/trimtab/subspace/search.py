@@ -6,203 +6,22 @@ What was trained stays (see `runs`).
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from trimtab.errors import TrimtabError, UsageError
-from trimtab.subspace.crossing import Crossing, Threshold, crossing, reaches
+from trimtab.errors import UsageError
+from trimtab.subspace.crossing import crossing, reaches
+from trimtab.subspace.judged import Judged, NoDimension, refuse_baseline, refuse_chance, refuse_start
+from trimtab.subspace.measured import Measured
+from trimtab.subspace.plan import SWEEP_SEED, Plan
 from trimtab.subspace.runs import Run, Runs, untrained
 from trimtab.subspace.training import Outcome
 
 FURTHER = 4
 """At most so many d more, where the interval is open."""
-SWEEP_SEED = 10_000
-"""The seed with which learning rates are compared: none that is measured with."""
-ENDS = ("d", "low", "high")
-"""What of a crossing is infinite where it was not reached."""
-MALFORMED = (LookupError, ArithmeticError, TypeError, ValueError, AttributeError)
-"""What reading a measurement raises where a value is missing or of another kind."""
-
-
-class NoDimension(TrimtabError, ValueError):
-    """There is no intrinsic dimension to find: the threshold says nothing, or training itself failed.
-
-    reason: why, in a few words for a table.
-    """
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How a search goes.
-
-    seeds: how many, at least 2 for an interval. resolution: the search ends with a bracket whose ends are at most this
-    ratio apart; those of an interval of three seeds are 1.2 to 1.9 apart on MNIST. start: the first d; by default √D.
-    factor: by which d is raised, or lowered, until the threshold lies between two of them: 4 crosses the six decades of
-    a large model in ten steps. grid: exactly these d instead of a search.
-    lr: of training all parameters. lr_scale: sqrt multiplies it by √(D/d) in a subspace, since with unit columns a
-    step of Adam moves θ by lr √d and not by lr √D; none leaves it as the papers do. rates: multiples of it to choose
-    from, with a seed of its own. rates_at: each d has a choice of its own, or what is best at
-    the first d that is tried is taken at all of them; where nothing is learned there at any rate, each d has its own
-    until there is something to choose by. For the baseline there is a choice in both cases.
-    """
-
-    seeds: int = 3
-    threshold: Threshold = dataclasses.field(default_factory=Threshold)
-    resolution: float = 1.2
-    start: int | None = None
-    factor: float = 4.0
-    grid: tuple[int, ...] = ()
-    lr: float = 1e-3
-    lr_scale: str = "sqrt"
-    rates: tuple[float, ...] = (1.0,)
-    rates_at: str = "each"
-
-    def __post_init__(self) -> None:
-        problems = []
-        if self.seeds < 1:
-            problems.append(f"seeds is {self.seeds}, but must be at least 1")
-        if self.seeds > SWEEP_SEED:
-            problems.append(
-                f"seeds is {self.seeds}, but must be at most {SWEEP_SEED}, which chooses the learning rates"
-            )
-        if not self.resolution >= 1:
-            problems.append(f"resolution is {self.resolution}, but must be at least 1")
-        if not 1 < self.factor < math.inf:
-            problems.append(f"factor is {self.factor}, but must be a number above 1")
-        if not 0 < self.lr < math.inf:
-            problems.append(f"lr is {self.lr:g}, but must be a number above 0")
-        whole = {"seeds": (self.seeds,), "start": (self.start,) if self.start is not None else (), "grid": self.grid}
-        problems += [
-            f"{name} is {value}, but must be a whole number"
-            for name, values in whole.items()
-            for value in values
-            if value % 1
-        ]
-        if self.lr_scale not in ("sqrt", "none"):
-            problems.append(f"lr_scale is '{self.lr_scale}', but must be sqrt or none")
-        if self.rates_at not in ("each", "first"):
-            problems.append(f"rates_at is '{self.rates_at}', but must be each or first")
-        if not self.rates or not all(0 < rate < math.inf for rate in self.rates):
-            problems.append(f"rates are {list(self.rates)}, but must be numbers above 0")
-        if problems:
-            raise UsageError("; ".join(problems))
-
-
-class Judged(NamedTuple):
-    """A split that runs are judged by: train, validation or test. chance: what guessing scores. examples: how many."""
-
-    split: str
-    chance: float
-    examples: int
-
-    @property
-    def noise(self) -> float:
-        """Twice the standard error of what guessing scores."""
-        return 2 * math.sqrt(max(self.chance * (1 - self.chance), 0.0) / max(self.examples, 1))
-
-    @property
-    def clear(self) -> float:
-        """The score above which something was learned."""
-        return self.chance + self.noise
-
-    def of(self, outcome: Outcome) -> float:
-        """The score of a run on this split."""
-        return float(getattr(outcome, self.split))
-
-
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """What a search came to.
-
-    crossing: d90, its interval and the fit. scores: of the split that counts, by d and seed. train_scores: of the same
-    runs on the training split. start: scores of θ0, before any training; None in older results. baseline,
-    baseline_rate: scores and learning rate of training all D parameters. rates: learning rate by d. chosen_by: the
-    split by whose score a rate was chosen. diverged: how many runs in subspaces did.
-    """
-
-    D: int
-    crossing: Crossing
-    scores: Mapping[int, tuple[float, ...]]
-    train_scores: Mapping[int, tuple[float, ...]]
-    start: tuple[float, ...] | None
-    baseline: tuple[float, ...]
-    baseline_rate: float
-    rates: Mapping[int, float]
-    chosen_by: str
-    diverged: int
-    chance: float
-    plan: Plan
-
-    @property
-    def mean_baseline(self) -> float:
-        """The mean score of training all parameters."""
-        return float(np.mean(self.baseline))
-
-    @property
-    def gap(self) -> float | None:
-        """The generalisation gap at the first d above the threshold: the mean training score less the mean score that
-        counts. None where no d is above, and where what counts is the training score itself."""
-        d = self.crossing.first
-        if d is None or self.scores == self.train_scores:
-            return None
-        return float(np.mean(self.train_scores[d]) - np.mean(self.scores[d]))
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values, for JSON; what was not reached is null."""
-        plain = dataclasses.asdict(self)
-        plain["crossing"] = {k: None if v == math.inf else v for k, v in plain["crossing"].items()}
-        return plain
-
-    @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> Measured:
-        """From what `to_dict` gave, through JSON or not; what else is in it is left.
-
-        Raises one of MALFORMED where it is not that.
-        """
-        found = plain["crossing"]
-        ends = {name: math.inf if found[name] is None else float(found[name]) for name in ENDS}
-        fitted = tuple((int(d), float(value)) for d, value in found["fitted"])
-        first = None if found["first"] is None else int(found["first"])
-        scores, train_scores = (_by_d(plain[name]) for name in ("scores", "train_scores"))
-        if {d: len(own) for d, own in scores.items()} != {d: len(own) for d, own in train_scores.items()}:
-            raise ValueError("scores and train_scores are not of the same runs")
-        if not scores or not plain["baseline"] or first not in (None, *scores):
-            raise ValueError("there are no runs, or none at the first d above the threshold")
-        D, chance = int(plain["D"]), float(plain["chance"])
-        start = None if plain.get("start") is None else tuple(map(float, plain["start"]))
-        several = [*scores.values(), *train_scores.values(), plain["baseline"], start or (), (chance,)]
-        if not all(0 <= score <= 1 for own in several for score in own):
-            raise ValueError("a score is not from 0 to 1")
-        if not all(1 <= d <= D for d in scores) or not all(end >= 0 for end in ends.values()):
-            raise ValueError("a d is below 1 or above D")
-        plan, lists = dict(plain["plan"]), {name: tuple(plain["plan"][name]) for name in ("grid", "rates")}
-        return cls(
-            D,
-            Crossing(first=first, fitted=fitted, threshold=float(found["threshold"]), **ends),
-            scores,
-            train_scores,
-            start,
-            tuple(map(float, plain["baseline"])),
-            float(plain["baseline_rate"]),
-            {int(d): float(rate) for d, rate in plain["rates"].items()},
-            str(plain["chosen_by"]),
-            int(plain["diverged"]),
-            chance,
-            Plan(**{**plan, **lists, "threshold": Threshold(**plan["threshold"])}),
-        )
-
-
-def _by_d(plain: Mapping[str, Any]) -> dict[int, tuple[float, ...]]:
-    return {int(d): tuple(map(float, own)) for d, own in plain.items()}
 
 
 def measure(
@@ -230,16 +49,16 @@ def measure(
         why = f", since SAID spends {least - 1} on the λ of its layers," if least > 1 else ""
         limit = f"D = {D:,}, all parameters" if most == D else f"{most:,}, beyond which this projection has no room"
         raise UsageError(f"d is {wrong[0]}, but must be at least {least}{why} and at most {limit}")
-    _refuse_chance(plan.threshold.value, scored, plan.threshold)  # no score is above 1, so no threshold above its share
+    refuse_chance(plan.threshold.value, scored, plan.threshold)  # no score is above 1, so no threshold above its share
     start = search.start()
     if plan.threshold.mode != "local":
-        _refuse_start(float(np.mean(start)), plan.threshold.value, plan.threshold)
+        refuse_start(float(np.mean(start)), plan.threshold.value, plan.threshold)
     search.ahead([None, search.first])
     baseline = search.baseline()
     wanted = plan.threshold.of(baseline)
-    _refuse_baseline(float(np.mean(baseline)), wanted, scored, plan.threshold)
-    _refuse_chance(wanted, scored, plan.threshold)
-    _refuse_start(float(np.mean(start)), wanted, plan.threshold)
+    refuse_baseline(float(np.mean(baseline)), wanted, scored, plan.threshold)
+    refuse_chance(wanted, scored, plan.threshold)
+    refuse_start(float(np.mean(start)), wanted, plan.threshold)
     if plan.grid:
         search.ahead(plan.grid)
         for d in plan.grid:
@@ -262,43 +81,6 @@ def measure(
         chance=scored.chance,
         plan=plan,
     )
-
-
-def _refuse_chance(wanted: float, scored: Judged, threshold: Threshold) -> None:
-    """NoDimension unless the threshold is above what guessing scores by twice its standard error."""
-    if wanted <= scored.clear:
-        raise NoDimension(
-            "threshold near chance",
-            f"the threshold, {threshold}, comes to {wanted:.3f}{' at most' if threshold.mode == 'local' else ''}, but "
-            f"guessing scores {scored.chance:.3f} give or take {scored.noise:.3f} on {scored.examples:,} examples: any "
-            "d would pass. Train longer, score on more examples, or choose another threshold or task",
-        )
-
-
-def _refuse_baseline(mean: float, wanted: float, scored: Judged, threshold: Threshold) -> None:
-    """NoDimension for a baseline at chance, or below the threshold: no subspace can be expected to do better."""
-    if mean <= scored.clear:
-        raise NoDimension(
-            "baseline near chance",
-            f"training all parameters comes to {mean:.3f}, and guessing scores {scored.chance:.3f} give or take "
-            f"{scored.noise:.3f}: nothing is learned. Train longer, or with another learning rate (--lr)",
-        )
-    if not reaches(mean, wanted):
-        raise NoDimension(
-            "baseline below the threshold",
-            f"training all parameters comes to {mean:.3f}, below the threshold, {threshold}: no d would be expected to "
-            "reach it. Train longer, or choose a lower threshold",
-        )
-
-
-def _refuse_start(mean: float, wanted: float, threshold: Threshold) -> None:
-    """NoDimension where θ0 reaches the threshold."""
-    if reaches(mean, wanted):
-        raise NoDimension(
-            "reached without training",
-            f"before any training the model comes to {mean:.3f}, and the threshold, {threshold}, to {wanted:.3f}: no "
-            "dimension is needed, and any d would pass. Choose a higher threshold, or another task",
-        )
 
 
 class _Search:

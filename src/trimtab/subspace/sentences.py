@@ -28,10 +28,10 @@ from trimtab.errors import UsageError, problems_to_error
 from trimtab.files import name_of
 from trimtab.models.classifier import Classifier, load_classifier
 from trimtab.models.fused import fused
+from trimtab.subspace.judged import Judged
 from trimtab.subspace.offsets import groups_of
 from trimtab.subspace.reparameterize import Subspace
 from trimtab.subspace.runs import Run
-from trimtab.subspace.search import Judged
 from trimtab.subspace.training import Outcome, has_diverged
 from trimtab.tasks.classify import encoded
 from trimtab.tasks.digests import examples_digest

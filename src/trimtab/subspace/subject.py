@@ -12,11 +12,11 @@ from torch import nn
 
 from trimtab.adapt.select import adaptable, base_modules
 from trimtab.subspace.draws import GENERATOR
+from trimtab.subspace.judged import Judged
 from trimtab.subspace.layers import layer_groups
 from trimtab.subspace.offsets import groups_of
 from trimtab.subspace.projection import make_projection, most_dimensions
 from trimtab.subspace.runs import Trainer
-from trimtab.subspace.search import Judged
 from trimtab.subspace.sentences import SentenceTrainer, Setting
 from trimtab.subspace.trainers import about_problem, problem_trainer
 from trimtab.tasks.digests import config_digest, model_digest
