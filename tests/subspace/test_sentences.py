@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import math
 import re
@@ -468,3 +469,18 @@ def test_other_rows_in_a_file_of_the_same_name_are_another_search(setting: Setti
     other = write_table(tmp_path / Path(str(setting.data)).name, lines(120, seed=1))
     first, second = (of_sentences(s).about for s in (setting, dataclasses.replace(setting, data=str(other))))
     assert {key for key in first if first[key] != second[key]} == {"data_digest"}
+
+
+def test_a_known_task_in_another_folder_is_the_same_search(setting: Setting, tmp_path: Path) -> None:
+    for place in ("here", "there"):
+        for split, count in (("train", 120), ("dev", 40), ("test", 40)):
+            table = write_table(tmp_path / split, lines(count)).read_bytes()
+            file = tmp_path / place / "nlu" / f"sst2.{split}.tsv.gz"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(gzip.compress(table))
+    known = dataclasses.replace(setting, task="sst2", test=None)
+    here, there = (of_sentences(dataclasses.replace(known, data=str(tmp_path / at))).about for at in ("here", "there"))
+    assert here == there
+    file.write_bytes(gzip.compress(write_table(tmp_path / "other", lines(40, seed=1)).read_bytes()))
+    other = of_sentences(dataclasses.replace(known, data=str(tmp_path / "there"))).about
+    assert {key for key in here if here[key] != other[key]} == {"data_digest"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,7 +84,7 @@ def _series(flags: DimensionFlags, screen: Screen) -> dict[str, Any]:
     from trimtab.report.dimension_comparison import comparison_table, series_results, write_series
     from trimtab.report.dimension_results import Unmeasured
     from trimtab.subspace.judged import NoDimension
-    from trimtab.subspace.runs import MADE_WITH, refuse_other_search, refuse_unlike
+    from trimtab.subspace.runs import refuse_other_search
     from trimtab.subspace.series import checkpoints_of, refuse_other_shapes
 
     given, steps = checkpoints_of(flags.checkpoints)
@@ -95,15 +95,9 @@ def _series(flags: DimensionFlags, screen: Screen) -> dict[str, Any]:
         if flags.out is not None:
             refuse_other_search(Path(flags.out) / label, subject.about)
     if flags.reuse is not None:
-        there = {label for label in subjects if (Path(flags.reuse) / label / MADE_WITH).exists()}
-        if not there:
-            raise UsageError(f"{flags.reuse} holds the runs of none of these checkpoints: {', '.join(subjects)}")
-        for label, subject in subjects.items():
-            if label in there:
-                refuse_unlike(Path(flags.reuse) / label, subject.about)
-            else:
-                screen.warn(f"{flags.reuse} holds no runs of {label}: all of its own are trained")
-                own[label] = dataclasses.replace(own[label], reuse=None)
+        for label in _without_runs(Path(flags.reuse), subjects):
+            screen.warn(f"{flags.reuse} holds no runs of {label}: all of its own are trained")
+            own[label] = dataclasses.replace(own[label], reuse=None)
     series = [
         _checkpoint(own[label], subject, label, steps.get(label, place), screen)
         for place, (label, subject) in enumerate(subjects.items())
@@ -120,6 +114,20 @@ def _series(flags: DimensionFlags, screen: Screen) -> dict[str, Any]:
         screen.outcome(f"report: {page}")
         results["report"] = str(page)
     return results
+
+
+def _without_runs(reuse: Path, subjects: Mapping[str, Subject]) -> list[str]:
+    """Checkpoints of which the folder of an earlier series holds no runs. UsageError where that is all of them, and for
+    runs that were trained otherwise."""
+    from trimtab.subspace.runs import MADE_WITH, refuse_unlike
+
+    missing = [label for label in subjects if not (reuse / label / MADE_WITH).exists()]
+    if len(missing) == len(subjects):
+        raise UsageError(f"{reuse} holds the runs of none of these checkpoints: {', '.join(subjects)}")
+    for label, subject in subjects.items():
+        if label not in missing:
+            refuse_unlike(reuse / label, subject.about)
+    return missing
 
 
 def _checkpoint(

@@ -8,6 +8,7 @@ from typing import Any
 
 from trimtab.files import write_whole
 from trimtab.report import wording
+from trimtab.report.dimension_page import PAGE
 from trimtab.report.dimension_plots import dimension_against, dimension_by_row, gap_against_bound
 from trimtab.report.dimension_results import (
     RESULTS,
@@ -209,7 +210,7 @@ def _write_page(
         "differing": Table("", ("", *(one.label for one in known)), differing) if differing else None,
         "protocol": shared,
     }
-    return write_whole(out / "report.html", filled("dimension.html", context, visible=wording.visible))
+    return write_whole(out / PAGE, filled("dimension.html", context, visible=wording.visible))
 
 
 def _relations(several: Sequence[Measurement]) -> list[tuple[str, str]]:

@@ -84,9 +84,12 @@ class Setting:
         problems_to_error(problems, "training on sentences")
 
     def about(self) -> dict[str, Any]:
-        """What runs depend on besides d, seed and learning rate, as plain values; files by their names."""
+        """What runs depend on besides d, seed and learning rate, as plain values; files by their names. The folder of
+        a known task is left out: what its files hold counts, not where they are."""
         plain = dataclasses.asdict(self)
-        return {**plain, **{key: name_of(plain[key]) for key in ("model", "data", "test") if plain[key]}}
+        if self.task in KNOWN:
+            del plain["data"]
+        return {**plain, **{key: name_of(plain[key]) for key in ("model", "data", "test") if plain.get(key)}}
 
 
 @dataclasses.dataclass(frozen=True)
